@@ -1,0 +1,78 @@
+"""Save and restore a run such that it goes on bit for bit, whatever happened and whenever.
+
+A checkpoint is a file of torch.save with its SHA-256 in the archive's comment. The last two are kept:
+checkpoint.pt and checkpoint.previous.pt.
+"""
+
+import hashlib
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmexp import disk
+from fmexp.errors import FmexpError
+
+log = logging.getLogger(__name__)
+
+LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+_DIGITS = 64
+
+
+class CheckpointError(FmexpError):
+    """Checkpoints that stand there and cannot be read."""
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; the one before it becomes the previous one. At every moment one of them is whole."""
+    with disk.whole(folder / LATEST, keep=folder / PREVIOUS) as file:
+        file.write(_sealed(state))
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The latest checkpoint that can be read, on the CPU, or None where there is none.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    problems = []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        try:
+            state = _unsealed(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # whatever a damaged file makes torch.load raise
+            problems.append(f"{path}: {error}")
+            continue
+        for problem in problems:
+            log.warning("a checkpoint cannot be read (%s); going on from the one before it, %s", problem, path.name)
+        return state
+    if problems:
+        raise CheckpointError(
+            "no checkpoint of this run can be read:\n  " + "\n  ".join(problems) + "\n"
+            f"Nothing was deleted. To start over, move {folder} away or name another folder."
+        )
+    return None
+
+
+def discard(folder: Path) -> None:
+    """Remove the checkpoints of a run that is complete."""
+    for name in (PREVIOUS, LATEST):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _sealed(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    # A zip archive ends with the length of its comment, here 0, and the comment.
+    return content[:-2] + _DIGITS.to_bytes(2, "little") + hashlib.sha256(content).hexdigest().encode()
+
+
+def _unsealed(sealed: bytes) -> dict[str, Any]:
+    content = sealed[: -_DIGITS - 2] + bytes(2)
+    if hashlib.sha256(content).hexdigest().encode() != sealed[-_DIGITS:]:
+        raise ValueError("its checksum is wrong, so it is damaged or cut short")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]

@@ -1,0 +1,332 @@
+"""The schemas: which keys a configuration has, of which type and in which range.
+
+Hydra checks names and types against these dataclasses while it composes (command line and YAML alike); `check`
+adds the ranges that a type cannot express. Nothing here imports torch, so that `--help` and `--cfg job` are instant.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fmexp.errors import ConfigError
+
+
+class Moment(Enum):
+    """When a stage is executed: before training, at each running loss, after each epoch, or at the end."""
+
+    start = "start"
+    log = "log"
+    epoch = "epoch"
+    end = "end"
+
+
+def limited(default: Any, **limits: Any) -> Any:
+    """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`."""
+    return field(default=default, metadata=limits)
+
+
+def listed(*default: Any) -> Any:
+    return field(default_factory=lambda: list(default))
+
+
+@dataclass
+class Train:
+    epochs: int = limited(1, least=1)
+    batch_size: int = limited(4, least=1)
+    log_every: int = limited(1000, least=1)
+    max_steps: int | None = limited(None, least=1)
+    num_workers: int = limited(2, least=0)
+    checkpoint_every: int | None = limited(None, least=1)
+    tag: str = "train/loss"
+
+
+@dataclass
+class Config:
+    seed: int = limited(0, least=0, below=2**63)
+    device: str = "auto"
+    objective: str = "test/accuracy"
+    resume: bool = True
+    train: Train = field(default_factory=Train)
+    dataset: Any = MISSING
+    model: Any = MISSING
+    optimizer: Any = MISSING
+    logging: Any = MISSING
+    stage: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DownloadedDataset:
+    _target_: str = MISSING
+    root: str = MISSING
+    download: bool = True
+    mirrors: list[str] = listed()
+
+
+@dataclass
+class SyntheticDataset:
+    _target_: str = MISSING
+    train_size: int = limited(12_000, least=1)
+    test_size: int = limited(2_000, least=1)
+    image_size: int = limited(28, least=8)
+    seed: int = limited(0, least=0)
+
+
+@dataclass
+class Model:
+    _target_: str = MISSING
+
+
+@dataclass
+class MLP(Model):
+    hidden: list[int] = listed(256, 128)
+    dropout: float = limited(0.0, least=0.0, below=1.0)
+
+
+@dataclass
+class Optimizer:
+    _target_: str = MISSING
+    lr: float = limited(0.001, least=0.0)
+
+
+@dataclass
+class SGD(Optimizer):
+    momentum: float = limited(0.0, least=0.0)
+    dampening: float = 0.0
+    weight_decay: float = limited(0.0, least=0.0)
+    nesterov: bool = False
+
+
+@dataclass
+class Adam(Optimizer):
+    betas: tuple[float, float] = limited((0.9, 0.999), least=0.0, below=1.0)
+    eps: float = limited(1e-8, least=0.0)
+    weight_decay: float = limited(0.0, least=0.0)
+    amsgrad: bool = False
+
+
+@dataclass
+class RMSprop(Optimizer):
+    alpha: float = limited(0.99, least=0.0)
+    eps: float = limited(1e-8, least=0.0)
+    weight_decay: float = limited(0.0, least=0.0)
+    momentum: float = limited(0.0, least=0.0)
+    centered: bool = False
+
+
+@dataclass
+class Logging:
+    _target_: str = MISSING
+    comment: str = ""
+    purge_step: int | None = limited(None, least=0)
+    max_queue: int = limited(10, least=1)
+    flush_secs: int = limited(120, least=1)
+    filename_suffix: str = ""
+
+
+@dataclass
+class Stage:
+    _target_: str = MISSING
+    enabled: bool = True
+    on: Moment = MISSING
+    required: bool = False
+
+
+@dataclass
+class TaggedStage(Stage):
+    tag: str = MISSING
+
+
+@dataclass
+class ImageGrid(TaggedStage):
+    images: int = limited(4, least=1)
+    layout: str = limited("grid", one_of=("grid", "images"))
+
+
+@dataclass
+class Projector(TaggedStage):
+    images: int = limited(100, least=1)
+    features: str | None = None
+
+
+@dataclass
+class Predictions(TaggedStage):
+    images: int = limited(4, least=1)
+
+
+@dataclass
+class PRCurves(TaggedStage):
+    num_thresholds: int = limited(127, least=2, most=127)
+    weights: float | None = limited(None, least=0.0)
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "dataset": {"downloaded": DownloadedDataset, "synthetic": SyntheticDataset},
+    "model": {"plain": Model, "mlp": MLP},
+    "optimizer": {"plain": Optimizer, "sgd": SGD, "adam": Adam, "rmsprop": RMSprop},
+    "logging": {"tensorboard": Logging},
+    "stage": {
+        "plain": Stage,
+        "tagged": TaggedStage,
+        "image_grid": ImageGrid,
+        "projector": Projector,
+        "predictions": Predictions,
+        "pr_curves": PRCurves,
+    },
+}
+
+
+def register() -> None:
+    """Put the schemas where YAML names them: `defaults: [/schema/optimizer/sgd@_here_, _self_]`."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config)
+    for group, schemas in SCHEMAS.items():
+        for name, node in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+
+
+register()
+
+
+def conf_dir() -> Path:
+    """The shipped conf/: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"fmexp's conf/ is neither in {package} nor beside it; install fmexp again")
+
+
+def compose(overrides: list[str] | tuple[str, ...] = (), config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
+    """Compose the configuration that `python -m fmexp <overrides>` would run.
+
+    Args:
+        overrides: as on the command line, for example ["optimizer.lr=0.01", "model=mlp"].
+        config_dir: a folder with config groups of one's own, as `--config-dir`.
+    """
+    own = [f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()}]"] if config_dir is not None else []
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="fmexp"):
+        return hydra_compose("config", overrides=[*overrides, *own])
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError, naming key and value, for what Hydra's types let through."""
+    for key, value, limits in _limited_values(cfg, ""):
+        if problem := _outside(value, limits):
+            raise ConfigError(f"{key}={value} {problem}.")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
+        raise ConfigError(f"device={cfg.device} must be auto, cpu, mps, cuda or cuda:<number>.")
+    _check_objective(cfg)
+    for name, stage in cfg.stage.items():
+        _check_stage(f"stage.{name}", stage)
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {error.msg or error}") from error
+
+
+def _check_objective(cfg: DictConfig) -> None:
+    metrics = ("test/accuracy", "test/loss", cfg.train.tag)
+    if cfg.objective not in metrics:
+        raise ConfigError(f"objective={cfg.objective} must be one of {', '.join(metrics)}.")
+
+
+def _check_stage(key: str, stage: Any) -> None:
+    moments = ", ".join(moment.name for moment in Moment)
+    if not isinstance(stage, DictConfig):
+        raise ConfigError(f"{key}={stage} must be a mapping with _target_ and on ({moments}).")
+    if True in stage:  # YAML 1.1 reads a bare `on` as true
+        raise ConfigError(f'{key}: write "on" in quotes in its YAML file: "on": {stage[True]}.')
+    for needed in ("_target_", "on"):
+        if OmegaConf.is_missing(stage, needed) or needed not in stage:
+            raise ConfigError(f"{key}.{needed} is missing: a stage names its function and its moment ({moments}).")
+    if str(getattr(stage.on, "name", stage.on)) not in Moment.__members__:
+        raise ConfigError(f"{key}.on={stage.on} must be one of {moments}.")
+    for switch in ("enabled", "required"):
+        if not isinstance(stage.get(switch, True), bool):
+            raise ConfigError(f"{key}.{switch}={stage[switch]} must be true or false.")
+
+
+def _limited_values(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    schema = OmegaConf.get_type(node)
+    limits = {f.name: dict(f.metadata) for f in fields(schema)} if is_dataclass(schema) else {}
+    for name in node:
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        value, key = node[name], f"{prefix}{name}"
+        if isinstance(value, DictConfig):
+            yield from _limited_values(value, f"{key}.")
+        elif value is not None:
+            yield key, value, limits.get(str(name), {})
+
+
+def _outside(value: Any, limits: dict[str, Any]) -> str | None:
+    """What is wrong with a value (or with one in a list), or None."""
+    for one in value if OmegaConf.is_list(value) else [value]:
+        if isinstance(one, float) and not math.isfinite(one):
+            return "must be a finite number"
+        if "one_of" in limits and one not in limits["one_of"]:
+            return f"must be one of {', '.join(limits['one_of'])}"
+        for word, ok in (
+            ("least", lambda bound: one >= bound),
+            ("most", lambda bound: one <= bound),
+            ("above", lambda bound: one > bound),
+            ("below", lambda bound: one < bound),
+        ):
+            if word in limits and not ok(limits[word]):
+                return f"must be {'at ' if word in ('least', 'most') else ''}{word} {limits[word]}"
+    return None
+
+
+# Keys that do not change what a run computes or writes, so that a run may be resumed with others.
+# The device is not in the digest either: a resume on another one goes on with a warning, for the bits may differ.
+NOT_IN_DIGEST = ("resume", "device", "train.num_workers", "train.checkpoint_every", "logging.max_queue",
+                 "logging.flush_secs", "dataset.root", "dataset.download", "dataset.mirrors")  # fmt: skip
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dicts, lists, strings and numbers, every interpolation resolved."""
+    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    items: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            items.update(flat(value, f"{prefix}{name}."))
+        else:
+            items[f"{prefix}{name}"] = value
+    return items
+
+
+def identity(tree: dict[str, Any]) -> dict[str, Any]:
+    """The flat keys of a resolved configuration that decide what a run computes and writes."""
+    return {key: value for key, value in sorted(flat(tree).items()) if key not in NOT_IN_DIGEST}
+
+
+def digest(tree: dict[str, Any]) -> str:
+    """SHA-256 of a resolved configuration's identity: equal for two configurations that give the same run."""
+    return hashlib.sha256(json.dumps(identity(tree), sort_keys=True).encode()).hexdigest()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The keys in which two resolved configurations are not the same run, as "key: old value, now new value"."""
+    before, after = identity(old), identity(new)
+    return [
+        f"{key}: {before.get(key, 'not there')}, now {after.get(key, 'not there')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, MISSING) != after.get(key, MISSING)
+    ]

@@ -1,0 +1,67 @@
+"""One pass over a split, kept: probabilities and labels, and the figures that follow from them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmexp.datasets import Dataset, batches, length
+
+BATCH = 500  # images at once: large enough for full speed on a CPU, small enough for any memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the model said of every image: softmax probabilities float32 [N, K], the true labels int64 [N], on the CPU."""
+
+    probabilities: Tensor
+    labels: Tensor
+    loss: float
+
+    @cached_property
+    def accuracy(self) -> float:
+        """The share of images whose most probable class is the true one."""
+        return int(self.confusion.diagonal().sum()) / len(self.labels)
+
+    @cached_property
+    def confusion(self) -> Tensor:
+        """How many images of class i (row) were taken for class j (column): int64 [K, K]."""
+        classes = self.probabilities.shape[1]
+        pairs = self.labels * classes + self.probabilities.argmax(1)
+        return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+    @cached_property
+    def per_class_accuracy(self) -> Tensor:
+        """The accuracy within each class, float64 [K]; NaN for a class without images."""
+        return self.confusion.diagonal().double() / self.confusion.sum(1)
+
+    def precision_recall(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Precision and recall of one class at every distinct probability, from high to low.
+
+        An image is predicted positive where its probability >= threshold.
+
+        Returns:
+            thresholds, precision, recall: float64 [T] each, T the number of distinct probabilities. Recall is NaN for
+            a class without images.
+        """
+        thresholds, position = self.probabilities[:, index].unique(return_inverse=True)
+        positives = torch.bincount(position[self.labels == index], minlength=len(thresholds))
+        predicted = torch.bincount(position, minlength=len(thresholds)).flip(0).cumsum(0)
+        found = positives.flip(0).cumsum(0).double()
+        return thresholds.double().flip(0), found / predicted, found / positives.sum()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset, *, device: torch.device, num_workers: int = 0) -> Evaluation:
+    """Run the model (in the mode it is in) over the test split; the loss is the mean cross-entropy."""
+    split = dataset.test
+    indices = torch.arange(length(split))
+    logits, labels = [], []
+    for images, targets in batches(dataset, split, indices, BATCH, device=device, num_workers=num_workers):
+        logits.append(model(images).float())
+        labels.append(targets)
+    all_logits, all_labels = torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    loss = float(F.cross_entropy(all_logits.double(), all_labels))
+    return Evaluation(F.softmax(all_logits, 1), all_labels, loss)

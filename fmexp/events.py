@@ -1,0 +1,116 @@
+"""TensorBoard's side of a run: opening its SummaryWriter, and keeping its files true when a run goes on after a stop.
+
+Event files only ever grow. A checkpoint therefore notes their sizes (`snapshot`), and a resumed run first cuts them to
+these sizes (`rewind`): what was written after the checkpoint is gone, to the byte, whichever tag and step it had.
+"""
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+from google.protobuf import text_format
+from omegaconf import DictConfig
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from fmexp import disk
+from fmexp.config import flat
+
+log = logging.getLogger(__name__)
+
+PROJECTOR = "projector_config.pbtxt"
+EMPTY: dict[str, Any] = {"files": {}, "projector": ""}
+HPARAMS = ("seed", "dataset.", "model.", "optimizer.", "train.epochs", "train.batch_size", "train.max_steps")
+
+
+def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> SummaryWriter:
+    """Open a writer in `output_dir`, for what comes after `step` where a run goes on, with the SummaryWriter's own arguments `cfg`."""
+    _let_a_second_pass(output_dir)
+    # A running TensorBoard forgets by this mark what it had already read beyond the checkpoint.
+    purge_step = cfg.purge_step if cfg.get("purge_step") is not None else 0 if step is None else step + 1
+    # An absolute path: a relative one breaks when the program changes its folder. The comment is in the folder's name.
+    writer: SummaryWriter = hydra.utils.instantiate(
+        cfg, log_dir=str(output_dir.resolve()), comment="", purge_step=purge_step, _convert_="all"
+    )
+    if text := _read(output_dir / PROJECTOR):
+        writer._projector_config = text_format.Parse(text, ProjectorConfig())
+    return writer
+
+
+def snapshot(writer: SummaryWriter, output_dir: Path) -> dict[str, Any]:
+    """Put all that was written on the disk, and return what `rewind` needs to come back to it."""
+    writer.flush()
+    sizes = {}
+    for path in event_files(output_dir):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            sizes[path.name] = os.fstat(file.fileno()).st_size
+    return {"files": sizes, "projector": _read(output_dir / PROJECTOR)}
+
+
+def rewind(output_dir: Path, state: dict[str, Any]) -> None:
+    """Take back all that was written after `state` was taken, torn tails included; EMPTY takes back everything."""
+    for path in event_files(output_dir):
+        size = state["files"].get(path.name)
+        if size is None:
+            path.unlink()
+        elif path.stat().st_size > size:
+            os.truncate(path, size)
+    for name, size in state["files"].items():
+        path = output_dir / name
+        if not path.is_file() or path.stat().st_size < size:
+            log.warning("%s is shorter than when the checkpoint was written: TensorBoard will miss its points", path)
+    if state["projector"]:
+        disk.write(output_dir / PROJECTOR, state["projector"])
+    else:
+        (output_dir / PROJECTOR).unlink(missing_ok=True)
+    kept = {Path(info.tensor_path).parent for info in text_format.Parse(state["projector"], ProjectorConfig()).embeddings}
+    for folder in {path.parent for path in output_dir.glob("[0-9]*/**/tensors.tsv")}:
+        if folder.relative_to(output_dir) not in kept:
+            shutil.rmtree(folder)
+
+
+def event_files(output_dir: Path) -> list[Path]:
+    return sorted(output_dir.glob("events.out.tfevents.*"))
+
+
+def write_hparams(writer: SummaryWriter, config: dict[str, Any]) -> None:
+    """Give the run its row in HPARAMS: what was chosen of each group, and the numbers that matter."""
+    values = {group: config[group]["_target_"].rpartition(".")[2] for group in ("dataset", "model", "optimizer")}
+    for key, value in flat(config).items():
+        if key.startswith(HPARAMS) and not key.endswith("_target_") and value is not None and "mirrors" not in key:
+            values[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    for summary in hparams(values, {})[:2]:
+        writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+
+
+def write_status(writer: SummaryWriter, complete: bool) -> None:
+    """End the run's row in HPARAMS. The first status of a file wins, so this is written once, at the end."""
+    status = Status.STATUS_SUCCESS if complete else Status.STATUS_FAILURE
+    ended = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, session_end_info=SessionEndInfo(status=status))
+    ended.session_end_info.end_time_secs = time.time()
+    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(ended))
+    writer.file_writer.add_summary(Summary(value=[value]))  # type: ignore[union-attr]
+
+
+def _let_a_second_pass(output_dir: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second: do not share one."""
+    seconds = [int(word) for path in event_files(output_dir) if (word := path.name.split(".")[3]).isdigit()]
+    newest = max(seconds, default=0)
+    while newest - 60 < time.time() < newest + 1:
+        time.sleep(0.05)
+    if time.time() < newest:
+        log.warning("the clock stands before the last event file of %s: TensorBoard may miss points", output_dir)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""

@@ -1,0 +1,205 @@
+"""Gets dataset files onto the disk, each checked against its checksum, and reads the IDX format.
+
+`fetch` is the only place of the project that uses the network. Readers check again what they read,
+so that a file damaged after its download is reported instead of trained on.
+"""
+
+import gzip
+import hashlib
+import http.client
+import logging
+import math
+import os
+import struct
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fmexp.errors import DataError
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 30
+CHUNK_BYTES = 1 << 16
+MAX_DIMENSIONS = 8  # images need 3; numpy refuses more than 64, the format's header could claim 255
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file to download: its name, the same in the folder and at the mirrors, and its MD5 in hex."""
+
+    name: str
+    md5: str
+
+
+class _MirrorFailed(Exception):
+    """Why one mirror did not give the file; the next one is tried."""
+
+
+def fetch(files: Sequence[Remote], folder: Path, mirrors: Sequence[str], *, download: bool, hint: str) -> None:
+    """Make sure that every file stands in `folder`, packed (.gz) or unpacked, downloading what is missing.
+
+    A folder that has all files is not written to. Several processes may call this at once: one downloads.
+    `hint` is a sentence with ways out for the user, put at the end of every error.
+
+    Raises DataError when files are missing and `download` is False, when no mirror gives a file, and when
+    the folder cannot be read or written.
+    """
+    try:
+        missing = _missing(files, folder)
+        if not missing:
+            return
+        names = ", ".join(file.name for file in missing)
+        if not download:
+            raise DataError(f"{folder} lacks {names}, and downloading is off. {hint}")
+        folder.mkdir(parents=True, exist_ok=True)
+        log.info("downloading %s to %s (waits while another process does so)", names, folder)
+        with FileLock(folder / ".lock"):
+            # Look again: another process may have downloaded them while this one waited.
+            for file in _missing(files, folder):
+                _download(file, folder, mirrors, hint)
+    except OSError as error:
+        raise DataError(f"The data folder {folder} cannot be used: {error}. {hint}") from error
+
+
+def open_checked(folder: Path, file: Remote) -> bytes:
+    """Return the unpacked content of a file in `folder`; a file in its original form is checked against its MD5.
+
+    An unpacked .gz is preferred to the .gz itself, and has no checksum to check.
+
+    Raises DataError when the file cannot be read, has another checksum, or does not unpack.
+    """
+    try:
+        path = _standing(folder, file)
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file.name} in {folder} cannot be read: {error}") from error
+    if path.name != file.name:
+        return content
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != file.md5:
+        raise _corrupt(path, f"md5 {file.md5}", f"md5 {found}")
+    if not file.name.endswith(".gz"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _corrupt(path, "a whole gzip file", str(error)) from error
+
+
+def read_idx(folder: Path, file: Remote) -> NDArray[np.uint8]:
+    """Return the array of an IDX file of unsigned bytes, writable, in the shape its header gives.
+
+    Raises DataError as `open_checked` does, and when the header or the length is not that of such a file.
+    """
+    content = open_checked(folder, file)
+    path = _standing(folder, file)
+    if content[:3] != b"\x00\x00\x08" or len(content) < 4:
+        raise _corrupt(path, "00 00 08 and a number of dimensions first", content[:4].hex(" ") or "nothing")
+    dimensions = content[3]
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise _corrupt(path, f"1 to {MAX_DIMENSIONS} dimensions", str(dimensions))
+    header = 4 + 4 * dimensions
+    if len(content) < header:
+        raise _corrupt(path, f"a header of {header} bytes", f"{len(content)} bytes")
+    shape = struct.unpack_from(f">{dimensions}I", content, 4)
+    # Compared before anything is allocated: a damaged header may claim any size.
+    length = header + math.prod(shape)
+    if len(content) != length or 0 in shape:
+        raise _corrupt(path, f"dimensions of 1 or more, and {length} bytes for {shape}", f"{len(content)} bytes")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def _standing(folder: Path, file: Remote) -> Path:
+    """Return the path of the unpacked file if that stands, else of the file itself, standing or not."""
+    unpacked = folder / file.name.removesuffix(".gz")
+    return unpacked if unpacked.is_file() else folder / file.name
+
+
+def _missing(files: Sequence[Remote], folder: Path) -> list[Remote]:
+    return [file for file in files if not _standing(folder, file).is_file()]
+
+
+def _corrupt(path: Path, expected: str, found: str) -> DataError:
+    return DataError(
+        f"{path} is corrupt: expected {expected}, found {found}. Delete it and run again to download it anew."
+    )
+
+
+def _download(file: Remote, folder: Path, mirrors: Sequence[str], hint: str) -> None:
+    """Put the file into `folder` from the first mirror that gives it; to be called with the lock held."""
+    # One fixed name, safe under the lock: what a killed process left is replaced, not gathered.
+    temporary = folder / f".{file.name}.part"
+    reasons = []
+    for mirror in mirrors:
+        url = f"{mirror.rstrip('/')}/{urllib.parse.quote(file.name)}"
+        try:
+            temporary.unlink(missing_ok=True)
+            _save(url, file, temporary)
+            os.replace(temporary, folder / file.name)
+            _sync_folder(folder)
+            return
+        except _MirrorFailed as error:
+            log.warning("%s failed: %s", url, error)
+            reasons.append(f"{url}: {error}")
+        finally:
+            temporary.unlink(missing_ok=True)
+    tried = "\n  ".join(reasons or ["no mirrors are given"])
+    raise DataError(f"{file.name} could not be downloaded to {folder}:\n  {tried}\n{hint}")
+
+
+def _save(url: str, file: Remote, path: Path) -> None:
+    """Write what `url` gives to the new file `path`, down to the disk, if its checksum is right."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "xb") as out, closing(_chunks(url, file.name)) as chunks:
+        for chunk in chunks:
+            out.write(chunk)
+            digest.update(chunk)
+        if digest.hexdigest() != file.md5:
+            raise _MirrorFailed(f"wrong checksum: expected md5 {file.md5}, found md5 {digest.hexdigest()}")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _chunks(url: str, name: str) -> Generator[bytes, None, None]:
+    """Yield the bytes at `url`, with a progress bar.
+
+    A generator, so that only errors of the network become _MirrorFailed: those of the disk, raised while
+    the caller writes, are OSError too but no reason to try another mirror.
+    """
+    got = 0
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            length = response.headers["Content-Length"]
+            total = None if length is None else int(length)
+            with tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+                while chunk := response.read(CHUNK_BYTES):
+                    yield chunk
+                    got += len(chunk)
+                    bar.update(len(chunk))
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL, or no length
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        raise _MirrorFailed(str(error) or type(error).__name__) from error
+    # http.client takes an early end for the end of the file.
+    if total is not None and got != total:
+        raise _MirrorFailed(f"truncated: expected {total} bytes, found {got}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""A run's folder: who may write in it, which run it holds, and what came of that run."""
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from fmexp import config, disk
+from fmexp.errors import ConfigError
+
+RESULT, CONFIG = "result.json", ".hydra/config.yaml"
+LOCK, OWNER = ".lock", ".lock.owner"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        owner = "another process"
+        with suppress(OSError, ValueError):
+            owner = "process {pid} on {host}".format(**json.loads((folder / OWNER).read_text()))
+        raise ConfigError(f"{folder}: {owner} is running in this folder. Wait for it, or name another folder.") from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written to ({error.strerror}). Name another with hydra.run.dir=<folder>.") from error
+    try:
+        (folder / OWNER).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / OWNER).unlink()
+        lock.release()
+
+
+def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
+    """Raise ConfigError where the folder holds another run than the resolved configuration `tree`, and touch nothing."""
+    if not (folder / CONFIG).is_file():
+        return
+    if not resume:
+        raise ConfigError(f"resume=false: {folder} holds a run already. Name another folder, or move this one away.")
+    held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    if different := config.difference(held, tree):  # type: ignore[arg-type]
+        raise ConfigError(
+            f"{folder} holds a run of another configuration, which differs in\n  "
+            + "\n  ".join(different)
+            + "\nName another folder, or use the old values to go on with that run."
+        )
+
+
+def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictConfig | ListConfig]) -> None:
+    """Write .hydra/config.yaml, as resolved, which makes this the folder of that run; and what Hydra keeps beside it."""
+    (folder / CONFIG).parent.mkdir(exist_ok=True)
+    for name, node in {**others, "config.yaml": OmegaConf.create(tree)}.items():
+        disk.write(folder / ".hydra" / name, OmegaConf.to_yaml(node))
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The content of result.json, or None."""
+    try:
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    return result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    disk.write(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")

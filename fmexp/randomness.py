@@ -1,0 +1,54 @@
+"""Random numbers that depend on what they are for, and a random state that can be kept and given back."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def key(*parts: int | str) -> int:
+    """A seed of 63 bits from the run's seed and what it is for, such as key(seed, "order", epoch)."""
+    words = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch (all devices), Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def capture() -> dict[str, Any]:
+    """Every global random state, as types that torch.load reads with weights_only=True."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Give back what `capture` took."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() >= len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+@contextmanager
+def forked(seed: int) -> Iterator[None]:
+    """Seed everything for the block, and give the random state back after it."""
+    state = capture()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        restore(state)

@@ -1,0 +1,116 @@
+"""The training: one step, and the loop that makes a run's moments happen."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import hydra.utils
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from fmexp import datasets
+
+if TYPE_CHECKING:
+    from fmexp.run import Run
+
+
+class Diverged(Exception):
+    """A loss that is not a finite number, at `step`."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the loss is {loss} at step {step}")
+        self.step = step
+
+
+def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+    """One training step on images [B, C, H, W] and labels [B]; the cross-entropy before it, a scalar tensor."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
+    """The optimizer named by `cfg`, in its fused form where torch has one: the same update in one kernel."""
+    build = hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
+    if "fused" in inspect.signature(build.func).parameters and not {"fused", "foreach", "differentiable"} & cfg.keys():
+        try:
+            return build(model.parameters(), fused=True)  # type: ignore[no-any-return]
+        except RuntimeError:  # not for this optimizer, device or type of parameter
+            pass
+    return build(model.parameters())  # type: ignore[no-any-return]
+
+
+def batches_per_epoch(cfg: DictConfig, dataset: datasets.Dataset) -> int:
+    return math.ceil(datasets.length(dataset.train) / cfg.train.batch_size)
+
+
+def total_steps(cfg: DictConfig, dataset: datasets.Dataset) -> int:
+    """How many batches the run has, from train.epochs and train.max_steps."""
+    steps: int = cfg.train.epochs * batches_per_epoch(cfg, dataset)
+    return min(steps, cfg.train.max_steps or steps)
+
+
+def train(
+    run: "Run",
+    *,
+    on_log: Callable[[], None],
+    on_epoch: Callable[[], None],
+    on_step: Callable[[], None],
+) -> None:
+    """Train from where the run stands to its end.
+
+    `on_log` is called every train.log_every batches and at the end with run.losses filled since the last time,
+    `on_epoch` after each epoch (and after a last one that train.max_steps cut short), `on_step` after each batch.
+    """
+    cfg = run.cfg.train
+    epochs, log_every = batches_per_epoch(run.cfg, run.dataset), cfg.log_every
+    total = total_steps(run.cfg, run.dataset)
+    count = datasets.length(run.dataset.train)
+    with tqdm(total=total, initial=run.step, unit=" batches", disable=None, leave=False, dynamic_ncols=True) as bar:
+        while run.step < total:
+            rest = datasets.order(run.cfg.seed, run.epoch, count)[run.position * cfg.batch_size :]
+            run.model.train()
+            for images, labels in datasets.batches(
+                run.dataset,
+                run.dataset.train,
+                rest,
+                cfg.batch_size,
+                device=run.device,
+                num_workers=cfg.num_workers,
+                seed=(run.cfg.seed, run.epoch),
+            ):
+                run.batch = images, labels
+                run.losses.append(step(run.model, run.optimizer, images, labels))
+                run.step += 1
+                run.position += 1
+                if run.step % log_every == 0 or run.step == total:
+                    on_log()
+                if run.position == epochs or run.step == total:
+                    run.epoch, run.position = run.epoch + 1, 0
+                    on_epoch()
+                on_step()
+                bar.update()
+                if run.step == total:
+                    break
+
+
+def mean_loss(losses: list[Tensor], step: int) -> float:
+    """The mean of the losses of the batches up to `step`.
+
+    Raises:
+        Diverged: one of them is not finite.
+    """
+    values = torch.stack(losses).double().cpu()
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise Diverged(step - len(losses) + first + 1, float(values[first]))
+    return float(values.mean())
