@@ -66,7 +66,9 @@ def find_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        raise ConfigError(f"device={name}: this machine has {found}. Use device=cpu, or device=auto to take what there is.")
+        raise ConfigError(
+            f"device={name}: this machine has {found}. Use device=cpu, or device=auto to take what there is."
+        )
     if device.type == "mps" and not _has_mps():
         raise ConfigError(f"device={name}: this machine has no MPS device. Use device=cpu, or device=auto.")
     return device
@@ -98,8 +100,8 @@ def _multiplications(model: nn.Module, images: Tensor) -> tuple[list[int], int]:
     linear: list[int] = []
 
     def count(module: nn.Module, inputs: object, output: Tensor) -> None:
-        per_output = module.weight[0].numel()  # type: ignore[operator, union-attr]
-        (linear if isinstance(module, nn.Linear) else convolutions).append(output.numel() * per_output)
+        weight = module.get_parameter("weight")
+        (linear if isinstance(module, nn.Linear) else convolutions).append(output.numel() * weight[0].numel())
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]

@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fmexp.config import conf_dir
 from fmexp.errors import FmexpError
@@ -41,7 +41,10 @@ OmegaConf.register_new_resolver("fmexp_member", lambda _root_: member_name(_root
 def main(cfg: DictConfig) -> float:
     hydra_cfg = HydraConfig.get()
     output_dir = Path(hydra_cfg.runtime.output_dir)
-    files = {"hydra.yaml": OmegaConf.create({"hydra": hydra_cfg}), "overrides.yaml": hydra_cfg.overrides.task}
+    files: dict[str, DictConfig | ListConfig] = {
+        "hydra.yaml": OmegaConf.create({"hydra": hydra_cfg}),
+        "overrides.yaml": OmegaConf.create(list(hydra_cfg.overrides.task)),
+    }
     single = hydra_cfg.mode == RunMode.RUN
     try:
         from fmexp.run import execute  # torch is imported here, and not for --help or --cfg

@@ -7,9 +7,10 @@ adds the ranges that a type cannot express. Nothing here imports torch, so that 
 import hashlib
 import json
 import math
+import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,6 +32,14 @@ class Moment(Enum):
     log = "log"
     epoch = "epoch"
     end = "end"
+
+
+_LIMITS: dict[str, Callable[[Any, Any], bool]] = {
+    "least": operator.ge,
+    "most": operator.le,
+    "above": operator.gt,
+    "below": operator.lt,
+}
 
 
 def limited(default: Any, **limits: Any) -> Any:
@@ -209,7 +218,9 @@ def conf_dir() -> Path:
     raise ConfigError(f"fmexp's conf/ is neither in {package} nor beside it; install fmexp again")
 
 
-def compose(overrides: list[str] | tuple[str, ...] = (), config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
+def compose(
+    overrides: list[str] | tuple[str, ...] = (), config_dir: str | os.PathLike[str] | None = None
+) -> DictConfig:
     """Compose the configuration that `python -m fmexp <overrides>` would run.
 
     Args:
@@ -262,14 +273,14 @@ def _check_stage(key: str, stage: Any) -> None:
 def _limited_values(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     schema = OmegaConf.get_type(node)
     limits = {f.name: dict(f.metadata) for f in fields(schema)} if is_dataclass(schema) else {}
-    for name in node:
+    for name in map(str, node):
         if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue
         value, key = node[name], f"{prefix}{name}"
         if isinstance(value, DictConfig):
             yield from _limited_values(value, f"{key}.")
         elif value is not None:
-            yield key, value, limits.get(str(name), {})
+            yield key, value, limits.get(name, {})
 
 
 def _outside(value: Any, limits: dict[str, Any]) -> str | None:
@@ -279,13 +290,8 @@ def _outside(value: Any, limits: dict[str, Any]) -> str | None:
             return "must be a finite number"
         if "one_of" in limits and one not in limits["one_of"]:
             return f"must be one of {', '.join(limits['one_of'])}"
-        for word, ok in (
-            ("least", lambda bound: one >= bound),
-            ("most", lambda bound: one <= bound),
-            ("above", lambda bound: one > bound),
-            ("below", lambda bound: one < bound),
-        ):
-            if word in limits and not ok(limits[word]):
+        for word, holds in _LIMITS.items():
+            if word in limits and not holds(one, limits[word]):
                 return f"must be {'at ' if word in ('least', 'most') else ''}{word} {limits[word]}"
     return None
 

@@ -1,7 +1,7 @@
 """The datasets that YAML can name, and how their batches are made.
 
-A dataset function returns a `Dataset`. Its splits are held in memory as bytes (`Split`) and normalised a batch at a time,
-or are any map-style torch Dataset of (float image, label), which then goes through a DataLoader.
+A dataset function returns a `Dataset`. Its splits are held in memory as bytes (`Split`) and normalised a batch at a
+time, or are any map-style torch Dataset of (float image, label), which then goes through a DataLoader.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,8 +62,8 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """The same dataset with the splits that are in memory on `device`."""
-        moved = {name: split.to(device) for name in ("train", "test") if isinstance(split := getattr(self, name), Split)}
-        return replace(self, **moved)
+        train, test = (part.to(device) if isinstance(part, Split) else part for part in (self.train, self.test))
+        return replace(self, train=train, test=test)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float32, the very bits of torchvision's ToTensor and Normalize."""
@@ -206,8 +206,8 @@ def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: 
     for (images, image_file), (labels, label_file) in _pairs(list(zip(arrays, remotes, strict=True))):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(labels):
             raise DataError(
-                f"{folder}: {image_file.name} has shape {list(images.shape)} and {label_file.name} {list(labels.shape)}; "
-                "expected [N, height, width] and [N]. Delete both and run again to download them anew."
+                f"{folder}: {image_file.name} has shape {list(images.shape)} and "
+                f"{label_file.name} {list(labels.shape)}; expected [N, height, width] and [N]. Delete both and run again to download them anew."
             )
         if int(labels.max()) >= len(classes):
             raise DataError(

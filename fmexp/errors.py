@@ -3,7 +3,7 @@
 from hydra.errors import CompactHydraException
 
 
-class FmexpError(CompactHydraException):  # type: ignore[misc]  # hydra ships no types for it
+class FmexpError(CompactHydraException):
     """An error whose message alone is printed: it names the key or file, the value, and the way out.
 
     Hydra prints exceptions of this family without a traceback (HYDRA_FULL_ERROR=1 shows it).

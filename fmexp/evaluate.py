@@ -14,7 +14,7 @@ BATCH = 500  # images at once: large enough for full speed on a CPU, small enoug
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the model said of every image: softmax probabilities float32 [N, K], the true labels int64 [N], on the CPU."""
+    """What the model said of every image: softmax probabilities float32 [N, K] and the true labels int64 [N]."""
 
     probabilities: Tensor
     labels: Tensor

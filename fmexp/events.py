@@ -33,7 +33,7 @@ HPARAMS = ("seed", "dataset.", "model.", "optimizer.", "train.epochs", "train.ba
 
 
 def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> SummaryWriter:
-    """Open a writer in `output_dir`, for what comes after `step` where a run goes on, with the SummaryWriter's own arguments `cfg`."""
+    """Open a SummaryWriter with its arguments `cfg` in `output_dir`; `step` is where a resumed run goes on from."""
     _let_a_second_pass(output_dir)
     # A running TensorBoard forgets by this mark what it had already read beyond the checkpoint.
     purge_step = cfg.purge_step if cfg.get("purge_step") is not None else 0 if step is None else step + 1
@@ -73,7 +73,9 @@ def rewind(output_dir: Path, state: dict[str, Any]) -> None:
         disk.write(output_dir / PROJECTOR, state["projector"])
     else:
         (output_dir / PROJECTOR).unlink(missing_ok=True)
-    kept = {Path(info.tensor_path).parent for info in text_format.Parse(state["projector"], ProjectorConfig()).embeddings}
+    kept = {
+        Path(info.tensor_path).parent for info in text_format.Parse(state["projector"], ProjectorConfig()).embeddings
+    }
     for folder in {path.parent for path in output_dir.glob("[0-9]*/**/tensors.tsv")}:
         if folder.relative_to(output_dir) not in kept:
             shutil.rmtree(folder)
@@ -90,7 +92,7 @@ def write_hparams(writer: SummaryWriter, config: dict[str, Any]) -> None:
         if key.startswith(HPARAMS) and not key.endswith("_target_") and value is not None and "mirrors" not in key:
             values[key] = value if isinstance(value, bool | int | float | str) else str(value)
     for summary in hparams(values, {})[:2]:
-        writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        _add(writer, summary)
 
 
 def write_status(writer: SummaryWriter, complete: bool) -> None:
@@ -99,7 +101,11 @@ def write_status(writer: SummaryWriter, complete: bool) -> None:
     ended = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, session_end_info=SessionEndInfo(status=status))
     ended.session_end_info.end_time_secs = time.time()
     value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(ended))
-    writer.file_writer.add_summary(Summary(value=[value]))  # type: ignore[union-attr]
+    _add(writer, Summary(value=[value]))
+
+
+def _add(writer: SummaryWriter, summary: Summary) -> None:
+    writer._get_file_writer().add_summary(summary)
 
 
 def _let_a_second_pass(output_dir: Path) -> None:

@@ -1,7 +1,6 @@
 """A run's folder: who may write in it, which run it holds, and what came of that run."""
 
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -34,9 +33,13 @@ def locked(folder: Path) -> Iterator[None]:
         owner = "another process"
         with suppress(OSError, ValueError):
             owner = "process {pid} on {host}".format(**json.loads((folder / OWNER).read_text()))
-        raise ConfigError(f"{folder}: {owner} is running in this folder. Wait for it, or name another folder.") from None
+        raise ConfigError(
+            f"{folder}: {owner} is running in this folder. Wait for it, or name another folder."
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written to ({error.strerror}). Name another with hydra.run.dir=<folder>.") from error
+        raise ConfigError(
+            f"{folder}: cannot be written to ({error.strerror}). Name another with hydra.run.dir=<folder>."
+        ) from error
     try:
         (folder / OWNER).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield
@@ -47,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
-    """Raise ConfigError where the folder holds another run than the resolved configuration `tree`, and touch nothing."""
+    """Raise ConfigError where the folder holds another run than the resolved configuration `tree`."""
     if not (folder / CONFIG).is_file():
         return
     if not resume:
@@ -62,7 +65,7 @@ def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
 
 
 def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictConfig | ListConfig]) -> None:
-    """Write .hydra/config.yaml, as resolved, which makes this the folder of that run; and what Hydra keeps beside it."""
+    """Write .hydra/config.yaml, as resolved, which makes the folder that run's; and what Hydra keeps beside it."""
     (folder / CONFIG).parent.mkdir(exist_ok=True)
     for name, node in {**others, "config.yaml": OmegaConf.create(tree)}.items():
         disk.write(folder / ".hydra" / name, OmegaConf.to_yaml(node))

@@ -62,7 +62,7 @@ def resnet18(*, input_shape: tuple[int, int, int], num_classes: int) -> nn.Modul
     """torchvision's ResNet-18 (He et al., arXiv 1512.03385), untrained, for images of any number of channels."""
     from torchvision.models import resnet18 as torchvision_resnet18
 
-    model = torchvision_resnet18(num_classes=num_classes)
+    model: nn.Module = torchvision_resnet18(num_classes=num_classes)
     if input_shape[0] != 3:
         model.conv1 = nn.Conv2d(input_shape[0], 64, kernel_size=7, stride=2, padding=3, bias=False)
     return model

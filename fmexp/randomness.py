@@ -24,12 +24,14 @@ def seed_all(seed: int) -> None:
 
 def capture() -> dict[str, Any]:
     """Every global random state, as types that torch.load reads with weights_only=True."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": numpy,
     }
 
 
@@ -39,8 +41,9 @@ def restore(state: dict[str, Any]) -> None:
     if state["cuda"] and torch.cuda.device_count() >= len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    numpy = state["numpy"]
+    key = numpy["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
 
 
 @contextmanager

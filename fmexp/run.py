@@ -1,4 +1,4 @@
-"""A run: built from a configuration, executed through its four moments (start, log, epoch, end), resumed after a stop."""
+"""A run: built from a configuration, executed through its moments (start, log, epoch, end), resumed after a stop."""
 
 import errno
 import importlib.metadata
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 import fmexp
-from fmexp import backend, checkpoint, config, datasets, events, folder, randomness
+from fmexp import backend, checkpoint, config, datasets, disk, events, folder, randomness
 from fmexp import train as training
 from fmexp.errors import ConfigError, FmexpError
 from fmexp.evaluate import BATCH, Evaluation, evaluate
@@ -80,7 +80,9 @@ class Run:
             with looking(self.model, randomness.key(self.cfg.seed, "evaluation")):
                 how = backend.choose(self.model, self.batch[0][:1], BATCH)
                 with how.applied():
-                    done = evaluate(self.model, self.dataset, device=self.device, num_workers=self.cfg.train.num_workers)
+                    done = evaluate(
+                        self.model, self.dataset, device=self.device, num_workers=self.cfg.train.num_workers
+                    )
             self._evaluation = self.step, done
         return self._evaluation[1]
 
@@ -226,7 +228,7 @@ class _Execution:
                     training.train(run, on_log=self._log, on_epoch=self._epoch, on_step=self._step)
                     run.happen("end")
                     status = "complete"
-                except training.Diverged as diverged:
+                except training.DivergedError as diverged:
                     log.error("the run diverged: %s. A smaller optimizer.lr is the usual cure.", diverged)
                     status, run.step = "diverged", diverged.step
             return self._finish(status)
@@ -260,7 +262,9 @@ class _Execution:
         run = self.run
         run.scalar("test/loss", run.evaluation.loss)
         run.scalar("test/accuracy", run.evaluation.accuracy)
-        log.info("epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, run.evaluation.accuracy, run.evaluation.loss)
+        log.info(
+            "epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, run.evaluation.accuracy, run.evaluation.loss
+        )
         run.happen("epoch")
 
     def _step(self) -> None:
@@ -320,9 +324,13 @@ class _Execution:
         log.info("data       %s", data.description or _target(cfg.dataset))
         log.info("           %s training + %s test images of %dx%dx%d, %d classes", f"{datasets.length(data.train):,}",
                  f"{datasets.length(data.test):,}", channels, height, width, len(data.classes))  # fmt: skip
-        log.info("model      %s, %s parameters", _target(cfg.model), f"{sum(p.numel() for p in run.model.parameters()):,}")
+        log.info(
+            "model      %s, %s parameters", _target(cfg.model), f"{sum(p.numel() for p in run.model.parameters()):,}"
+        )
         log.info("optimizer  %s, %s", _target(cfg.optimizer), settings)
-        log.info("training   %s batches of %d, %s", f"{training.total_steps(cfg, data):,}", cfg.train.batch_size, run.backend)
+        log.info(
+            "training   %s batches of %d, %s", f"{training.total_steps(cfg, data):,}", cfg.train.batch_size, run.backend
+        )
         log.info("stages     %s", ", ".join(f"{stage.name} ({stage.on})" for stage in run.stages) or "none")
         log.info("folder     %s", shown(self.output_dir))
         if resumed:
@@ -334,8 +342,16 @@ class _Execution:
             log.warning("stage %s failed, %s", name, problem)
         if status == "complete":
             accuracy, loss = run.metrics["test/accuracy"], run.metrics["test/loss"]
-            log.info("test accuracy %.4f, test loss %.4f after %s batches in %.1f s", accuracy, loss, f"{run.step:,}", run.seconds)
-        log.info("written to %s; see it with\n  tensorboard --logdir %s", shown(self.output_dir), _logdir(self.output_dir))
+            log.info(
+                "test accuracy %.4f, test loss %.4f after %s batches in %.1f s",
+                accuracy,
+                loss,
+                f"{run.step:,}",
+                run.seconds,
+            )
+        log.info(
+            "written to %s; see it with\n  tensorboard --logdir %s", shown(self.output_dir), _logdir(self.output_dir)
+        )
 
 
 def disk_full(error: BaseException) -> bool:
@@ -431,7 +447,9 @@ def _stage(name: str, node: DictConfig) -> Stage:
 
 
 def _check_model(cfg: DictConfig, model: nn.Module, images: Tensor, classes: int) -> None:
-    given = f"dataset {_target(cfg.dataset)} gives images of {'x'.join(map(str, images.shape[1:]))} and {classes} classes"
+    given = (
+        f"dataset {_target(cfg.dataset)} gives images of {'x'.join(map(str, images.shape[1:]))} and {classes} classes"
+    )
     try:
         with torch.no_grad():
             shape = tuple(model(images).shape)

@@ -113,6 +113,7 @@ class _Canvas:
 
 
 def _shared(*depths: _Floats) -> _Floats:
+    """The depth in what all the parts have in common."""
     least: _Floats = reduce(np.minimum, depths)
     return least
 
@@ -128,7 +129,7 @@ def _top(
 ) -> None:
     """Paint sleeves and a body down to `hem`, `waist` half wide and widening below it by `flare`.
 
-    sleeve goes from 0 (none) to 1 (to the wrist); neck is the half width and depth of the opening, round to v = 1, a V.
+    sleeve goes from 0 (none) to 1 (to the wrist); neck: half width and depth of the opening, round (v = 0) to V (v = 1).
     """
     armpit = waist - 0.08
     hand = armpit + np.minimum(1, 4 * sleeve) * c.between(0.26, 0.4), -0.66 + sleeve * c.between(1.25, 1.45)
@@ -146,7 +147,7 @@ def _front(c: _Canvas, shade: _Floats, hem: _Number, width: _Number, strength: _
     c.paint(c.bar(c.side, (0.2, -0.97), tip, 0.16, 0.1), shade + c.between(-0.25, 0.3), strength)
     c.paint(_shared(width - c.side, c.y + 0.7, hem - c.y), 0.08, strength)
     row = _shared(0.07 - np.abs(c.x - 0.12), 0.06 * _wave(c.y * 3), c.y + 0.6, hem - 0.1 - c.y)
-    c.paint(row, 0.95, c.either(buttons, 0.8) * (strength > 0))
+    c.paint(row, 0.95, c.either(buttons, 0.8) * (strength > 0))  # strength 0 is a garment with a plain front
 
 
 def _tshirt(c: _Canvas) -> None:
@@ -210,6 +211,7 @@ def _sandal(c: _Canvas) -> None:
 
 
 def _shirt(c: _Canvas) -> None:
+    # Made hard to tell apart, as in Fashion-MNIST: sleeves are a T-shirt's or a coat's, and one front in four is plain.
     shade, hem, sleeve = c.cloth(0.5), c.between(0.75, 0.95), c.either(0.3, c.between(0.3, 0.55), c.between(0.8, 1.05))
     neck = c.between(0.16, 0.3), c.between(0.08, 0.35)
     _top(c, shade, hem, c.between(0.4, 0.5), c.between(0, 0.1), sleeve, neck, c.between(0.2, 1))
@@ -249,12 +251,14 @@ def _boot(c: _Canvas) -> None:
     c.paint(elastic, c.between(0.05, 0.6), c.either(0.35, 0.8))
 
 
-def _sole(c: _Canvas, floor: _Number, heel: _Number) -> Any:
+def _sole(c: _Canvas, floor: _Number, heel: _Number) -> _Floats:
     """How far down the sole of a shoe is: flat under the toes, which point left, and `heel` higher at the back."""
-    return floor - heel * np.clip((c.x + 0.45) / 0.9, 0, 1)
+    sole: _Floats = floor - heel * np.clip((c.x + 0.45) / 0.9, 0, 1)
+    return sole
 
 
 def _heel(c: _Canvas, sole: _Floats, floor: _Number, width: _Number, shade: _Number) -> None:
+    """Paint what stands between the back of the sole and the floor."""
     c.paint(_shared(c.y - sole + 0.03, floor - c.y, c.x - 0.88 + width, 0.88 - c.x), shade)
 
 

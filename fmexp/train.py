@@ -2,9 +2,8 @@
 
 import inspect
 import math
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra.utils
 import torch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from fmexp.run import Run
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """A loss that is not a finite number, at `step`."""
 
     def __init__(self, step: int, loss: float) -> None:
@@ -32,7 +31,7 @@ def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor)
     """One training step on images [B, C, H, W] and labels [B]; the cross-entropy before it, a scalar tensor."""
     optimizer.zero_grad(set_to_none=True)
     loss = F.cross_entropy(model(images), labels)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return loss.detach()
 
@@ -49,13 +48,13 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
 
 
 def batches_per_epoch(cfg: DictConfig, dataset: datasets.Dataset) -> int:
-    return math.ceil(datasets.length(dataset.train) / cfg.train.batch_size)
+    return math.ceil(datasets.length(dataset.train) / int(cfg.train.batch_size))
 
 
 def total_steps(cfg: DictConfig, dataset: datasets.Dataset) -> int:
     """How many batches the run has, from train.epochs and train.max_steps."""
-    steps: int = cfg.train.epochs * batches_per_epoch(cfg, dataset)
-    return min(steps, cfg.train.max_steps or steps)
+    steps = int(cfg.train.epochs) * batches_per_epoch(cfg, dataset)
+    return min(steps, int(cfg.train.max_steps or steps))
 
 
 def train(
@@ -106,11 +105,11 @@ def mean_loss(losses: list[Tensor], step: int) -> float:
     """The mean of the losses of the batches up to `step`.
 
     Raises:
-        Diverged: one of them is not finite.
+        DivergedError: one of them is not finite.
     """
     values = torch.stack(losses).double().cpu()
     bad = (~values.isfinite()).nonzero()
     if len(bad):
         first = int(bad[0])
-        raise Diverged(step - len(losses) + first + 1, float(values[first]))
+        raise DivergedError(step - len(losses) + first + 1, float(values[first]))
     return float(values.mean())
