@@ -129,7 +129,7 @@ def _top(
 ) -> None:
     """Paint sleeves and a body down to `hem`, `waist` half wide and widening below it by `flare`.
 
-    sleeve goes from 0 (none) to 1 (to the wrist); neck: half width and depth of the opening, round (v = 0) to V (v = 1).
+    sleeve: 0 (none) to 1 (to the wrist); neck: half width and depth of its opening, which is round at v = 0, a V at 1.
     """
     armpit = waist - 0.08
     hand = armpit + np.minimum(1, 4 * sleeve) * c.between(0.26, 0.4), -0.66 + sleeve * c.between(1.25, 1.45)
@@ -211,7 +211,7 @@ def _sandal(c: _Canvas) -> None:
 
 
 def _shirt(c: _Canvas) -> None:
-    # Made hard to tell apart, as in Fashion-MNIST: sleeves are a T-shirt's or a coat's, and one front in four is plain.
+    # As in Fashion-MNIST the hardest class: sleeves as a T-shirt's or a coat's, and one front in four is plain.
     shade, hem, sleeve = c.cloth(0.5), c.between(0.75, 0.95), c.either(0.3, c.between(0.3, 0.55), c.between(0.8, 1.05))
     neck = c.between(0.16, 0.3), c.between(0.08, 0.35)
     _top(c, shade, hem, c.between(0.4, 0.5), c.between(0, 0.1), sleeve, neck, c.between(0.2, 1))

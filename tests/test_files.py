@@ -463,10 +463,12 @@ def read(path: Path, content: bytes, file: Remote) -> NDArray[np.uint8] | None:
     try:
         array = read_idx(path.parent, file)
     except DataError as error:
-        assert str(path) in str(error)
-        return None
-    assert array.dtype == np.uint8
-    return array
+        message = str(error)
+    else:
+        assert array.dtype == np.uint8
+        return array
+    assert str(path) in message
+    return None
 
 
 @settings(deadline=None)

@@ -1,5 +1,6 @@
 """The drawn stand-in for Fashion-MNIST: reproducible, well formed, and with classes that can be told apart."""
 
+import itertools
 import random
 
 import numpy as np
@@ -28,8 +29,8 @@ def test_another_seed_gives_other_images_and_another_order() -> None:
 
 
 def test_no_two_images_are_alike() -> None:
-    images, _ = draw(1500, 0)  # more than one batch of each class
-    assert len({image.tobytes() for image in images}) == 1500
+    images, _ = draw(2000, 0)  # more than two batches of each class
+    assert len({image.tobytes() for image in images}) == 2000
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 28), (25, 28), (20, 8), (20, 33), (3, 300)])
@@ -49,9 +50,9 @@ def test_every_image_is_a_light_garment_on_black() -> None:
     images, _ = draw(1000, 0)
     flat = images.reshape(1000, -1)
     black = (flat == 0).mean(axis=1)
-    assert black.min() > 0.1  # measured: 0.21 to 0.94
+    assert black.min() > 0.1  # measured: 0.16 to 0.90
     assert black.max() < 0.98
-    assert flat.max(axis=1).min() > 60  # measured: 88
+    assert flat.max(axis=1).min() > 60  # measured: 116
     assert flat.max() == 255
 
 
@@ -66,7 +67,7 @@ def test_labels_are_balanced_to_within_one(count: int) -> None:
 
 def test_labels_are_shuffled() -> None:
     _, labels = draw(1000, 0)
-    # Equal neighbours: 999 / 10 are expected by chance, none in 0, 1, ..., 9, 0, 1, ..., 990 in sorted labels.
+    # Equal neighbours: about 99 by chance (measured: 111), but 0 had the classes taken turns, and 990 if sorted.
     assert 50 < np.count_nonzero(labels[1:] == labels[:-1]) < 160
     assert len(np.unique(labels[:100])) == 10
 
@@ -91,11 +92,13 @@ def test_classes_can_be_told_apart() -> None:
     means = np.stack([images[labels == label].mean(axis=0).ravel() for label in range(10)])
     vectors = tests.reshape(1000, -1).astype(np.float64)
     # The squared distance to each mean, but for the term that is the same for all of them.
-    guesses = ((means**2).sum(axis=1) - 2 * vectors @ means.T).argmin(axis=1)
-    right = guesses == truth
-    assert right.mean() > 0.4  # measured: 0.0; chance is 0.1
-    # A class drawn as another one is, or as a mixture of them, would come out near nought.
-    assert min(right[truth == label].mean() for label in range(10)) > 0.2  # measured: 0.0, Shirt
+    distances = (means**2).sum(axis=1) - 2 * vectors @ means.T
+    assert (distances.argmin(axis=1) == truth).mean() > 0.4  # measured: 0.82; chance is 0.1
+    # Any two classes by themselves, so that none is drawn as another is, which comes out at 0.5.
+    for first, second in itertools.combinations(range(10), 2):
+        either = (truth == first) | (truth == second)
+        guesses = np.where(distances[either, first] < distances[either, second], first, second)
+        assert (guesses == truth[either]).mean() > 0.6, (first, second)  # measured: 0.75 (Pullover, Shirt) and more
 
 
 @pytest.mark.parametrize(("name", "value"), [("count", 0), ("count", -3), ("size", 7), ("size", 0), ("seed", -1)])
