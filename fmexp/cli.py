@@ -1,52 +1,37 @@
 """The door: Hydra composes and checks the configuration, and only then is torch imported and the run executed."""
 
 import logging
-import os
 import re
 import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fmexp.config import conf_dir
+from fmexp import config, folder, launcher, messages, sweep
+from fmexp.config import conf_dir, resolved
 from fmexp.errors import FmexpError
 
 log = logging.getLogger(__name__)
 
 
-def member_name(root: Any) -> str:
-    """Name a sweep member's folder: its number, then its overrides in letters that every file system takes.
-
-    The number makes it unique, so the rest may be cut: at most 100 characters. Folders are told by their
-    content, not by where the data lies, so `dataset.root` is left out.
-    """
-    words = [override for override in root.hydra.overrides.task if not override.startswith("dataset.root=")]
-    slug = "_".join(
-        re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{key.lstrip('+~').split('.')[-1]}-{value}").strip("-.")
-        for key, _, value in (word.partition("=") for word in words)
-    )
-    return f"{root.hydra.job.num}_{slug}"[:100].rstrip("_")
-
-
-OmegaConf.register_new_resolver("fmexp_member", lambda _root_: member_name(_root_), replace=True)
-
-
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-def main(cfg: DictConfig) -> float:
+def run(cfg: DictConfig) -> float:
+    """Execute one composed run: what Hydra calls, once or for each member of a sweep."""
     hydra_cfg = HydraConfig.get()
     output_dir = Path(hydra_cfg.runtime.output_dir)
+    overrides = OmegaConf.create(list(hydra_cfg.overrides.task))
     files: dict[str, DictConfig | ListConfig] = {
         "hydra.yaml": OmegaConf.create({"hydra": hydra_cfg}),
-        "overrides.yaml": OmegaConf.create(list(hydra_cfg.overrides.task)),
+        "overrides.yaml": overrides,
     }
     single = hydra_cfg.mode == RunMode.RUN
     try:
+        config.check(cfg)  # execute does so too, but after some seconds of importing torch
         from fmexp.run import execute  # torch is imported here, and not for --help or --cfg
 
         return execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
@@ -55,11 +40,28 @@ def main(cfg: DictConfig) -> float:
             remove_empty(output_dir)
         else:
             log.error("%s: %s", output_dir.name, error)
+            folder.write_failure(output_dir, resolved(cfg), overrides, str(error))
         raise
-    except Exception:
-        if single and not os.environ.get("HYDRA_FULL_ERROR"):
-            sys.exit(1)  # the traceback is in the log and on the console
+    except Exception as error:
+        if single:
+            remove_empty(output_dir)
+        if (output_dir / "fmexp.log").is_file():  # it and the console have the traceback
+            raise FmexpError(f"{output_dir}: the run failed, {type(error).__name__}: {error}") from error
         raise
+
+
+def main() -> None:
+    """The program: Hydra's part, and after a sweep its table."""
+    try:
+        with messages.instead_of_tracebacks():
+            run()
+    finally:
+        for root in launcher.LAUNCHED:
+            print(sweep.conclude(root))
+            if any(member.status not in ("completed", "diverged") for member in sweep.read(root)):
+                print(f"go on with\n  {resume_command(root / 'member', single=False)}")
+            else:
+                print(f"compare them with\n  tensorboard --logdir {root}")
 
 
 def resume_command(output_dir: Path, single: bool) -> str:
@@ -79,6 +81,8 @@ def quoted(value: str) -> str:
 
 
 def remove_empty(output_dir: Path) -> None:
-    """Remove the folder that Hydra made, and its parents, as far as there is nothing in them."""
+    """Remove the folder that Hydra made, and its parents below the current one, as far as there is nothing in them."""
+    parents = [parent for parent in output_dir.parents if Path.cwd() in parent.parents]
     with suppress(OSError):
-        os.removedirs(output_dir)
+        for path in (output_dir, *parents):
+            path.rmdir()

@@ -20,7 +20,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fmexp.errors import ConfigError
 
@@ -63,12 +63,19 @@ class Train:
 
 
 @dataclass
+class Sweep:
+    fail_fast: bool = False
+    dry_run: bool = False
+
+
+@dataclass
 class Config:
     seed: int = limited(0, least=0, below=2**63)
     device: str = "auto"
     objective: str = "test/accuracy"
     resume: bool = True
     train: Train = field(default_factory=Train)
+    sweep: Sweep = field(default_factory=Sweep)
     dataset: Any = MISSING
     model: Any = MISSING
     optimizer: Any = MISSING
@@ -234,18 +241,29 @@ def compose(
 
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming key and value, for what Hydra's types let through."""
-    for key, value, limits in _limited_values(cfg, ""):
-        if problem := _outside(value, limits):
-            raise ConfigError(f"{key}={value} {problem}.")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
-        raise ConfigError(f"device={cfg.device} must be auto, cpu, mps, cuda or cuda:<number>.")
-    _check_objective(cfg)
-    for name, stage in cfg.stage.items():
-        _check_stage(f"stage.{name}", stage)
     try:
+        for group in ("dataset", "model", "optimizer", "logging"):
+            _check_target(group, cfg[group])
+        for name, stage in cfg.stage.items():
+            _check_stage(f"stage.{name}", stage)
+        for key, value, limits in _limited_values(cfg, ""):
+            if problem := _outside(value, limits):
+                raise ConfigError(f"{key}={value} {problem}.")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
+            raise ConfigError(f"device={cfg.device} must be auto, cpu, mps, cuda or cuda:<number>.")
+        _check_objective(cfg)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{error.full_key}=??? is left open: give it a value in its YAML file, or with {error.full_key}=<value>."
+        ) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {error.msg or error}") from error
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _check_target(key: str, node: Any) -> None:
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}={node} must be a mapping with _target_: the import path of what is to be called.")
 
 
 def _check_objective(cfg: DictConfig) -> None:
@@ -273,14 +291,14 @@ def _check_stage(key: str, stage: Any) -> None:
 def _limited_values(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     schema = OmegaConf.get_type(node)
     limits = {f.name: dict(f.metadata) for f in fields(schema)} if is_dataclass(schema) else {}
-    for name in map(str, node):
-        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+    for name in node:
+        if OmegaConf.is_missing(node, name):
             continue
-        value, key = node[name], f"{prefix}{name}"
+        value, key = node[name], f"{prefix}{name!s}"
         if isinstance(value, DictConfig):
             yield from _limited_values(value, f"{key}.")
         elif value is not None:
-            yield key, value, limits.get(name, {})
+            yield key, value, limits.get(str(name), {})
 
 
 def _outside(value: Any, limits: dict[str, Any]) -> str | None:
@@ -299,7 +317,10 @@ def _outside(value: Any, limits: dict[str, Any]) -> str | None:
 # Keys that do not change what a run computes or writes, so that a run may be resumed with others.
 # The device is not in the digest either: a resume on another one goes on with a warning, for the bits may differ.
 NOT_IN_DIGEST = ("resume", "device", "train.num_workers", "train.checkpoint_every", "logging.max_queue",
-                 "logging.flush_secs", "dataset.root", "dataset.download", "dataset.mirrors")  # fmt: skip
+                 "logging.flush_secs", "dataset.root", "dataset.download", "dataset.mirrors",
+    "sweep.fail_fast",
+    "sweep.dry_run",
+)  # fmt: skip
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -336,3 +357,15 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key, MISSING) != after.get(key, MISSING)
     ]
+
+
+def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
+    """A run's row in HPARAMS: what was chosen of each group, and the settings of what is trained and how."""
+    values = {group: tree[group]["_target_"].rpartition(".")[2] for group in ("dataset", "model", "optimizer")}
+    for key, value in flat(tree).items():
+        if key.startswith(_HPARAMS) and not key.endswith("_target_") and key not in NOT_IN_DIGEST and value is not None:
+            values[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return values
+
+
+_HPARAMS = ("seed", "dataset.", "model.", "optimizer.", "train.epochs", "train.batch_size", "train.max_steps")

@@ -4,12 +4,15 @@ A dataset function returns a `Dataset`. Its splits are held in memory as bytes (
 time, or are any map-style torch Dataset of (float image, label), which then goes through a DataLoader.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -71,9 +74,10 @@ class Dataset:
         return pixels.sub_(self._per_channel(self.mean, pixels)).div_(self._per_channel(self.std, pixels))
 
     def displayable(self, images: Tensor) -> Tensor:
-        """Normalised [B, C, H, W] -> float32 in [0, 1] on the CPU."""
+        """Normalised [B, C, H, W] -> float32 in [0, 1] on the CPU: the bytes that were normalised, divided by 255."""
         images = images.detach().to("cpu", torch.float32)
-        return (images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)).clamp(0, 1)
+        pixels = images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
+        return pixels.clamp(0, 1).mul(255).round().div(255)  # rounded, for TensorBoard cuts off: 0.9999 becomes 0
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Random training images, normalised, and their labels; drawn from the global random state."""
@@ -220,6 +224,20 @@ def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: 
 
 def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
     return zip(items[::2], items[1::2], strict=True)
+
+
+def load(cfg: DictConfig) -> Dataset:
+    """The dataset that a configuration names. The latest one is kept, for the next member of a sweep."""
+    node = json.dumps(OmegaConf.to_container(cfg, resolve=True), sort_keys=True)
+    if node not in _latest:
+        randomness.seed_all(0)  # what the data is does not depend on the run's seed, unless its YAML says so
+        dataset = hydra.utils.instantiate(cfg, _convert_="all")
+        _latest.clear()
+        _latest[node] = dataset
+    return _latest[node]
+
+
+_latest: dict[str, Dataset] = {}
 
 
 def check(dataset: Dataset) -> None:

@@ -16,20 +16,19 @@ from google.protobuf import text_format
 from omegaconf import DictConfig
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams import summary_v2 as hp
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from fmexp import disk
-from fmexp.config import flat
+from fmexp.config import hparams
 
 log = logging.getLogger(__name__)
 
 PROJECTOR = "projector_config.pbtxt"
 EMPTY: dict[str, Any] = {"files": {}, "projector": ""}
-HPARAMS = ("seed", "dataset.", "model.", "optimizer.", "train.epochs", "train.batch_size", "train.max_steps")
 
 
 def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> SummaryWriter:
@@ -85,14 +84,9 @@ def event_files(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("events.out.tfevents.*"))
 
 
-def write_hparams(writer: SummaryWriter, config: dict[str, Any]) -> None:
-    """Give the run its row in HPARAMS: what was chosen of each group, and the numbers that matter."""
-    values = {group: config[group]["_target_"].rpartition(".")[2] for group in ("dataset", "model", "optimizer")}
-    for key, value in flat(config).items():
-        if key.startswith(HPARAMS) and not key.endswith("_target_") and value is not None and "mirrors" not in key:
-            values[key] = value if isinstance(value, bool | int | float | str) else str(value)
-    for summary in hparams(values, {})[:2]:
-        _add(writer, summary)
+def write_hparams(writer: SummaryWriter, output_dir: Path, tree: dict[str, Any]) -> None:
+    """Give the run its row in HPARAMS. Rows of equal settings stay apart, for each is a trial of its own."""
+    _add(writer, hp.hparams_pb(hparams(tree), trial_id=str(output_dir), start_time_secs=time.time()))
 
 
 def write_status(writer: SummaryWriter, complete: bool) -> None:

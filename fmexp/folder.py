@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,3 +82,29 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     disk.write(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+
+def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], error: str) -> None:
+    """Note in a sweep member's folder that it failed before, or without, a word of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, tree, {"overrides.yaml": OmegaConf.create(list(overrides))})
+    with (folder / "fmexp.log").open("a") as file:
+        file.write(f"{error}\n")
+    write_result(folder, {**(read_result(folder) or {}), "status": "failed", "objective": None, "error": error})
+
+
+def digest(folder: Path) -> str:
+    """The digest of the configuration whose run the folder holds."""
+    known = (read_result(folder) or {}).get("config_digest")
+    return known or config.digest(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))  # type: ignore[arg-type]
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is running in the folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ class Run:
 
 @contextmanager
 def looking(model: nn.Module, seed: int) -> Iterator[None]:
-    """Look at a model without disturbing its training: eval mode, no gradients kept, random numbers of one's own."""
+    """Look at a model in eval mode and leave modes, gradients, buffers (BatchNorm's) and random state as they were."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     model.eval()
     for parameter, _ in gradients:
@@ -124,6 +126,9 @@ def looking(model: nn.Module, seed: int) -> Iterator[None]:
             module.training = mode
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def build(cfg: DictConfig) -> Run:
@@ -135,21 +140,33 @@ def build(cfg: DictConfig) -> Run:
     device = backend.find_device(cfg.device)
     randomness.seed_all(cfg.seed)
     stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
-    dataset: datasets.Dataset = _instantiate("dataset", cfg.dataset)
+    _bound("logging", cfg.logging, cfg.logging, log_dir="", comment="", purge_step=None)
+    try:
+        dataset = datasets.load(cfg.dataset)
+    except Exception as error:
+        raise _unbuildable("dataset", cfg.dataset, error) from error
+    _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
     datasets.check(dataset)
     shape, classes = dataset.input_shape, len(dataset.classes)
+    given = f"dataset {_target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
     randomness.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
-    model: nn.Module = _instantiate("model", cfg.model, input_shape=shape, num_classes=classes).to(device)
+    try:
+        model = hydra.utils.instantiate(cfg.model, _convert_="all", input_shape=shape, num_classes=classes)
+    except Exception as error:
+        raise _unbuildable("model", cfg.model, error, given) from error
+    _check_kind("model", cfg.model, model, nn.Module)
+    model = model.to(device)
     with randomness.forked(randomness.key(cfg.seed, "batch")):
         dataset = dataset.to(device)
         images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
     with looking(model, cfg.seed):
-        _check_model(cfg, model, images[:2], classes)
+        _check_model(cfg.model, model, images[:2], classes, given)
         how = backend.choose(model, images[:2], cfg.train.batch_size)
     try:
         optimizer = training.build_optimizer(cfg.optimizer, model)
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
+    _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
     return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how)
 
 
@@ -221,7 +238,7 @@ class _Execution:
             self._announce(resumed=state is not None)
             with run.backend.applied():
                 if not state:
-                    events.write_hparams(run.writer, self.tree)
+                    events.write_hparams(run.writer, self.output_dir, self.tree)
                     run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{_yaml(self.tree)}```", 0)
                     run.happen("start")
                 try:
@@ -232,19 +249,22 @@ class _Execution:
                     log.error("the run diverged: %s. A smaller optimizer.lr is the usual cure.", diverged)
                     status, run.step = "diverged", diverged.step
             return self._finish(status)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not disk_full(error):
+                events.write_status(run.writer, complete=False)
             with suppress(Exception):  # a writer on a full disk raises once more
                 run.writer.close()
             raise
 
     def _finish(self, status: str) -> float:
         run = self.run
+        run.seconds += time.monotonic() - self.started
+        run.writer.add_scalar("seconds", run.seconds, run.step)
         events.write_status(run.writer, status == "complete")
         run.writer.close()
         if status == "complete":
             with disk.whole(self.output_dir / "model.pt") as file:
                 torch.save(run.model.state_dict(), file)
-        run.seconds += time.monotonic() - self.started
         objective = _write_result(run, self.output_dir, self.tree, status)
         checkpoint.discard(self.output_dir)
         self._conclude(status)
@@ -262,6 +282,8 @@ class _Execution:
         run = self.run
         run.scalar("test/loss", run.evaluation.loss)
         run.scalar("test/accuracy", run.evaluation.accuracy)
+        best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone
+        run.scalar(best, max(run.evaluation.accuracy, run.metrics.get(best, 0.0)))
         log.info(
             "epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, run.evaluation.accuracy, run.evaluation.loss
         )
@@ -418,46 +440,60 @@ def _log_file(path: Path) -> Iterator[None]:
         ours.setLevel(level)
 
 
-def _instantiate(key: str, node: DictConfig, **known: Any) -> Any:
-    try:
-        return hydra.utils.instantiate(node, _convert_="all", **known)
-    except Exception as error:
-        raise _unbuildable(key, node, error) from error
-
-
-def _unbuildable(key: str, node: DictConfig, error: BaseException) -> FmexpError:
+def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:
     """The message for a target that cannot be imported or called, from Hydra's chain of exceptions."""
     cause: BaseException = error
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, FmexpError):
         return cause
-    what = "cannot be imported" if isinstance(cause, ImportError | InstantiationException) else "cannot be built"
-    return ConfigError(f"{key}._target_={node._target_} {what}: {str(cause) or type(cause).__name__}")
+    target, said = f"{key}._target_={node._target_}", str(cause) or type(cause).__name__
+    hint = f"\n{given}." if given else ""
+    if isinstance(cause, ImportError | InstantiationException):
+        return ConfigError(f"{target} cannot be imported: {said}\nCode of your own must be installed or on PYTHONPATH.")
+    if isinstance(cause, TypeError) and "argument" in said:
+        with suppress(Exception):
+            hint = f"\nIts arguments are {', '.join(_arguments(node))}."
+    return ConfigError(f"{target} cannot be built: {said}{hint}")
+
+
+def _arguments(node: DictConfig) -> list[str]:
+    """The names of a target's arguments, but for those that fmexp gives it."""
+    ours = ("run", "params", "input_shape", "num_classes", "log_dir")
+    return [name for name in inspect.signature(hydra.utils.get_method(node._target_)).parameters if name not in ours]
+
+
+def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> Callable[..., Any]:
+    """The target of `node` with its arguments, after a check that it can be imported and takes them."""
+    try:
+        function: partial[Any] = hydra.utils.instantiate(arguments, _partial_=True, _convert_="all")
+        inspect.signature(function.func).bind(*given, *function.args, **{**function.keywords, **known})
+    except Exception as error:
+        raise _unbuildable(key, node, error) from error
+    return function
 
 
 def _stage(name: str, node: DictConfig) -> Stage:
     arguments = {k: v for k, v in node.items() if k not in ("enabled", "on", "required")}
-    try:
-        function = hydra.utils.instantiate(arguments, _partial_=True, _convert_="all")
-        inspect.signature(function).bind(None)
-    except Exception as error:
-        raise _unbuildable(f"stage.{name}", node, error) from error
+    function = _bound(f"stage.{name}", node, arguments, None)
     return Stage(name, str(getattr(node.on, "name", node.on)), bool(node.get("required", False)), function)
 
 
-def _check_model(cfg: DictConfig, model: nn.Module, images: Tensor, classes: int) -> None:
-    given = (
-        f"dataset {_target(cfg.dataset)} gives images of {'x'.join(map(str, images.shape[1:]))} and {classes} classes"
-    )
+def _check_kind(key: str, node: DictConfig, made: object, kind: type) -> None:
+    if not isinstance(made, kind):
+        needed = f"{kind.__module__}.{kind.__qualname__}"
+        raise ConfigError(f"{key}._target_={node._target_} returned {type(made).__name__} where {needed} is needed.")
+
+
+def _check_model(node: DictConfig, model: nn.Module, images: Tensor, classes: int, given: str) -> None:
     try:
         with torch.no_grad():
             shape = tuple(model(images).shape)
     except Exception as error:
-        raise ConfigError(f"model._target_={cfg.model._target_} cannot take the images: {given}. {error}") from error
+        raise ConfigError(f"model._target_={node._target_} cannot take the images: {given}. {error}") from error
     if shape != (len(images), classes):
         raise ConfigError(
-            f"model._target_={cfg.model._target_} returns {shape} for {len(images)} images where logits "
+            f"model._target_={node._target_} returns {shape} for {len(images)} images where logits "
             f"({len(images)}, {classes}) are needed: {given}."
         )
 

@@ -1,0 +1,74 @@
+"""What a person reads when the program cannot go on: a message that names key, value and way out, and no traceback."""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from fmexp import config
+from fmexp.errors import FmexpError
+
+FULL = "HYDRA_FULL_ERROR"
+
+
+@contextmanager
+def instead_of_tracebacks() -> Iterator[None]:
+    """End the program with a message on stderr and status 1 where an error leaves the block; HYDRA_FULL_ERROR=1 lets
+    the error itself through."""
+    if os.environ.get(FULL) == "1":
+        yield
+        return
+    os.environ[FULL] = "1"  # so that Hydra raises what it would print in words of its own
+    try:
+        yield
+    except Exception as error:
+        sys.stdout.flush()
+        print(message(error), f"Set the environment variable {FULL}=1 for the traceback.", sep="\n\n", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        os.environ.pop(FULL, None)
+
+
+def message(error: Exception) -> str:
+    """The message for an error; of one that nobody foresaw it is the traceback."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, FmexpError):
+        return str(error)
+    if isinstance(error, CompactHydraException) and isinstance(cause, OmegaConfBaseException):
+        where = str(error).removesuffix(str(cause)).strip()
+        return f"{where}\n{of_config(cause)}".strip()
+    if isinstance(error, CompactHydraException):
+        return str(error)
+    if isinstance(error, YAMLError):
+        return f"This is not YAML: {error}"
+    if isinstance(error, OSError) and error.filename:
+        return (
+            f"{error.filename}: {error.strerror}. Name another folder to write to with hydra.run.dir=<folder>, "
+            "or hydra.sweep.dir=<folder> for a sweep."
+        )
+    return "".join(traceback.format_exception(error)).strip()
+
+
+def of_config(error: OmegaConfBaseException) -> str:
+    """What is wrong with a key or its value, in a line, and which keys there are where one does not exist."""
+    what = str(error).splitlines()[0]
+    if not isinstance(error, ConfigKeyError | ConfigAttributeError) or not isinstance(error.parent_node, DictConfig):
+        return f"{error.full_key}: {what}" if error.full_key else what
+    key, parent = str(error.key), str(error.full_key or error.key).rpartition(".")[0]
+    if key == "True":
+        return f'{parent}: write "on" in quotes in its YAML file, for YAML reads a bare on as true.'
+    names = [name for name in map(str, error.parent_node) if name not in ("_target_", "hydra")]
+    names += [] if parent else ["experiment"]
+    below = config.flat(OmegaConf.to_container(error.parent_node, throw_on_missing=False))  # type: ignore[arg-type]
+    close = [name for name in below if name.rpartition(".")[2] == key and not name.startswith("hydra.")]
+    close = close or difflib.get_close_matches(key, names, n=3)
+    prefix = f"{parent}." if parent else ""
+    meant = f" Did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
+    return f"There is no key {prefix}{key}.{meant}\n{parent or 'The configuration'} has {', '.join(names)}."

@@ -1,0 +1,345 @@
+"""What stands around a sweep's members: which there are, what came of each, and all of them in a table and a picture.
+
+`python -m fmexp.sweep <folder>` prints the table of any sweep, finished or not. Members are read from their folders:
+
+    completed    result.json says so; diverged is completed too, with no objective
+    failed       result.json says so
+    in flight    a process holds the folder
+    interrupted  none of these: the same command goes on with it
+"""
+
+import csv
+import io
+import logging
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fmexp import config, disk, folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of a sweep as its folder has it.
+
+    Attributes:
+        overrides: what made it this member, such as {"optimizer.lr": "0.1"}.
+        status: completed, diverged, failed, in flight or interrupted.
+        objective: NaN while there is none.
+    """
+
+    folder: Path
+    overrides: dict[str, str]
+    status: str
+    objective: float
+    metrics: dict[str, float]
+    seconds: float
+    error: str
+
+    @property
+    def number(self) -> int:
+        head = self.folder.name.split("_")[0]
+        return int(head) if head.isdigit() else -1
+
+
+def read(root: str | Path) -> list[Member]:
+    """The members of a sweep, in the order of their numbers."""
+    root = Path(root)
+    members = [_read_member(path) for path in _folders(root)]
+    return sorted(members, key=lambda member: (member.number, member.folder.name))
+
+
+def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
+    """Execute a sweep in a process of its own, or go on with the one in `root`, and return its members.
+
+    Args:
+        overrides: as on the command line after --multirun, such as ["optimizer.lr=0.1,0.01", "hydra/launcher=joblib"].
+    """
+    from fmexp.cli import quoted
+
+    command = [sys.executable, "-m", "fmexp", "--multirun", *overrides, f"hydra.sweep.dir={quoted(str(Path(root)))}"]
+    subprocess.run(command, check=False)
+    return read(root)
+
+
+def status(path: Path) -> str:
+    """What became of the member in a folder: completed, diverged, failed, in flight or interrupted."""
+    result = folder.read_result(path) or {}
+    if result.get("status") in ("complete", "diverged"):
+        return "completed" if result["status"] == "complete" else "diverged"
+    if folder.is_held(path):
+        return "in flight"
+    return "failed" if result.get("status") == "failed" else "interrupted"
+
+
+def by_digest(root: Path) -> dict[str, list[Path]]:
+    """The member folders that a sweep's folder holds, by their configuration's digest."""
+    found = defaultdict(list)
+    for path in _folders(root):
+        found[folder.digest(path)].append(path)
+    return found
+
+
+def varied_keys(overrides: Iterable[Sequence[str]]) -> list[str]:
+    """The overridden keys whose values are not the same in all members, in the order of the command line."""
+    values: dict[str, set[str]] = {}
+    count = 0
+    for count, member in enumerate(overrides, 1):  # noqa: B007
+        for key, value in split(member).items():
+            values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1] if count > 1 else list(values)
+
+
+def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Sequence[str], taken: set[Path]) -> Path:
+    """A folder for a new member: its number and a slug of the varied overrides, which no other member has.
+
+    The slug has letters that every file system takes, and at most 100 of them.
+    """
+    words = (f"{key.split('.')[-1]}-{value}" for key, value in split(overrides).items() if key in varied)
+    slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word).strip("-.") for word in words)
+    base = f"{number}_{slug}"[:100].rstrip("_-.")
+    names = (base if attempt == 1 else f"{base}_{attempt}" for attempt in range(1, sys.maxsize))
+    return next(path for path in (root / name for name in names) if path not in taken and not path.exists())
+
+
+def begin(root: Path, trees: list[dict[str, Any]]) -> None:
+    """Choose HPARAMS' columns for all members, once, at the sweep's root."""
+    from tensorboard.plugins.hparams import summary_v2 as hp
+
+    rows = [config.hparams(tree) for tree in trees]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    always = ("dataset", "model", "optimizer", "seed")
+    shown = [name for name in names if name in always or len({str(row.get(name)) for row in rows}) > 1]
+    objective, tag = trees[0]["objective"], trees[0]["train"]["tag"]
+    metrics = dict.fromkeys((objective, "test/accuracy", "test/accuracy/best", "test/loss", tag, "seconds"))
+    _write_events(
+        root, [hp.hparams_config_pb([hp.HParam(name) for name in shown], [hp.Metric(tag) for tag in metrics])]
+    )
+
+
+class Progress:
+    """One line for a sweep: how many members are done, failed and running, and the best so far."""
+
+    def __init__(self, root: Path, total: int, done: int) -> None:
+        self.root, self.total, self.last = root, total, ""
+        self.running: set[Path] = set()
+
+    def started(self, path: Path) -> None:
+        self.running.add(path)
+        self.show()
+
+    def ended(self, path: Path) -> None:
+        self.running.discard(path)
+        self.show()
+
+    def show(self) -> None:
+        members = read(self.root)
+        done = sum(member.status in ("completed", "diverged") for member in members)
+        failed = sum(member.status == "failed" for member in members)
+        running = len(self.running) or sum(member.status == "in flight" for member in members)
+        line = f"sweep: {done} of {self.total} members done, {failed} failed, {running} running"
+        best = [member for member in ranked(members) if not math.isnan(member.objective)]
+        if best:
+            line += f"; best {best[0].objective:.4f} ({best[0].folder.name})"
+        if line != self.last:
+            log.info(line)
+            self.last = line
+
+
+def objective_of(root: Path) -> str:
+    """The name of the metric that a sweep compares."""
+    for path in _folders(root):
+        return str(OmegaConf.load(path / folder.CONFIG).objective)
+    return "test/accuracy"
+
+
+def ranked(members: Sequence[Member], objective: str = "test/accuracy") -> list[Member]:
+    """The members, best first: a loss upwards, any other objective downwards, those without one at the end."""
+    sign = 1 if objective.endswith("loss") else -1
+    return sorted(
+        members, key=lambda m: (math.isnan(m.objective), sign * m.objective if m.objective == m.objective else 0)
+    )
+
+
+def table(root: Path, members: Sequence[Member]) -> list[list[str]]:
+    """Rows of text, the first the heads: varied keys, metrics, status, seconds, folder."""
+    varied = varied_keys([[f"{k}={v}" for k, v in member.overrides.items()] for member in members])
+    metrics = list(dict.fromkeys(name for member in members for name in member.metrics if name != "seconds"))
+    rows = [[*varied, *metrics, "status", "seconds", "folder"]]
+    for member in ranked(members, objective_of(root)):
+        values = [f"{member.metrics[name]:.4f}" if name in member.metrics else "" for name in metrics]
+        keys = [member.overrides.get(key, "") for key in varied]
+        rows.append([*keys, *values, member.status, f"{member.seconds:.1f}", member.folder.name])
+    return rows
+
+
+def replicates(root: Path, members: Sequence[Member]) -> list[list[str]]:
+    """Members that differ in their seed alone, together: n, mean and spread (standard deviation) of the objective."""
+    varied = [
+        key for key in varied_keys([[f"{k}={v}" for k, v in m.overrides.items()] for m in members]) if key != "seed"
+    ]
+    groups = defaultdict(list)
+    for member in members:
+        if "seed" in member.overrides and not math.isnan(member.objective):
+            groups[tuple(member.overrides.get(key, "") for key in varied)].append(member.objective)
+    if not any(len(values) > 1 for values in groups.values()):
+        return []
+    name = objective_of(root)
+    rows = [[*varied, "n", f"mean {name}", "spread"]]
+    for keys, values in sorted(groups.items(), key=lambda item: -statistics.mean(item[1])):
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        rows.append([*keys, str(len(values)), f"{statistics.mean(values):.4f}", spread])
+    return rows
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def conclude(root: Path) -> str:
+    """Write sweep.csv, sweep.png and the run `summary`, and return the table with what to say below it."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.text import metadata as text
+
+    members = read(root)
+    if not members:
+        return f"{root}: no members"
+    rows = table(root, members)
+    content = io.StringIO()
+    csv.writer(content).writerows(rows)
+    disk.write(root / "sweep.csv", content.getvalue())
+    picture = _picture(root, members)
+    disk.write(root / "sweep.png", picture)
+    lines = [aligned(rows)]
+    if groups := replicates(root, members):
+        lines += ["", aligned(groups)]
+    written = "\n".join(lines)
+    heads = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
+    markdown = "\n".join([heads, *("| " + " | ".join(row) + " |" for row in rows[1:])])
+    image = Summary.Image(encoded_image_string=picture, height=0, width=0, colorspace=4)
+    words = Summary(value=[Summary.Value(tag="table", metadata=text.create_summary_metadata("table", ""))])
+    words.value[0].tensor.dtype = 7  # a string
+    words.value[0].tensor.string_val.append(markdown.encode())
+    _write_events(root / "summary", [Summary(value=[Summary.Value(tag="sweep", image=image)]), words])
+    counts: dict[str, int] = defaultdict(int)
+    for member in members:
+        counts[member.status] += 1
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    failures = [
+        f"failed: {m.folder.name}: {m.error} (traceback in its fmexp.log)" for m in members if m.status == "failed"
+    ]
+    return "\n".join(
+        [written, "", *failures, f"{len(members)} members: {said}", f"written to {root} (sweep.csv, sweep.png)"]
+    )
+
+
+def _picture(root: Path, members: Sequence[Member]) -> bytes:
+    """A PNG: the objective against each varied key, and the learning curves of all members."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    objective = objective_of(root)
+    varied = varied_keys([[f"{k}={v}" for k, v in member.overrides.items()] for member in members])[:5]
+    figure = Figure(figsize=(4.5 * (len(varied) + 1), 4), layout="constrained")
+    axes = figure.subplots(1, len(varied) + 1, squeeze=False)[0]
+    scored = [member for member in members if not math.isnan(member.objective)]
+    for axis, key in zip(axes, varied, strict=False):
+        values = sorted({member.overrides.get(key, "") for member in scored}, key=_as_number)
+        places = [values.index(member.overrides.get(key, "")) for member in scored]
+        axis.plot(places, [member.objective for member in scored], "o", alpha=0.6)
+        axis.set_xticks(range(len(values)), values, rotation=30)
+        axis.set_xlabel(key)
+        axis.set_ylabel(objective)
+    for member in ranked(scored, objective)[:20]:
+        steps, losses = _curve(member.folder, str(OmegaConf.load(member.folder / folder.CONFIG).train.tag))
+        axes[-1].plot(steps, losses, label=member.folder.name[:30])
+    axes[-1].set_xlabel("step")
+    axes[-1].set_ylabel("running training loss")
+    if scored:
+        axes[-1].legend(fontsize=6)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    return content.getvalue()
+
+
+def _curve(path: Path, tag: str) -> tuple[list[int], list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it reports the end of each file
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1}).Reload()
+    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    return [point.step for point in points], [point.value for point in points]
+
+
+def _as_number(value: str) -> tuple[float, str]:
+    try:
+        return float(value), value
+    except ValueError:
+        return math.inf, value
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.glob("*") if (path / folder.CONFIG).is_file()]
+
+
+def _read_member(path: Path) -> Member:
+    result = folder.read_result(path) or {}
+    overrides = OmegaConf.load(path / ".hydra" / "overrides.yaml")
+    objective = result.get("objective")
+    return Member(
+        folder=path,
+        overrides=split([str(word) for word in overrides]),
+        status=status(path),
+        objective=math.nan if objective is None else objective,
+        metrics=result.get("metrics", {}),
+        seconds=result.get("seconds", 0.0),
+        error=result.get("error", ""),
+    )
+
+
+def split(overrides: Sequence[str]) -> dict[str, str]:
+    """["optimizer.lr=0.1"] -> {"optimizer.lr": "0.1"}."""
+    pairs = (word.partition("=") for word in overrides)
+    return {key.lstrip("+~"): value.strip("'\"") for key, _, value in pairs}
+
+
+def _write_events(path: Path, summaries: Sequence[Any]) -> None:
+    """Write the only event file of a folder, in place of the one before."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    path.mkdir(exist_ok=True)
+    old = list(path.glob("events.out.tfevents.*"))
+    writer = EventFileWriter(str(path), filename_suffix=".sweep")
+    for summary in summaries:
+        writer.add_event(Event(wall_time=time.time(), step=0, summary=summary))
+    writer.close()
+    for file in old:
+        if file.exists() and len(list(path.glob("events.out.tfevents.*"))) > 1:
+            file.unlink()
+
+
+def main() -> None:
+    """Print the table of a sweep: python -m fmexp.sweep <folder>."""
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m fmexp.sweep <folder of a sweep>, such as multirun/2026-01-31/12-00-00-000000")
+    print(conclude(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
