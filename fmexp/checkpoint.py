@@ -1,12 +1,13 @@
 """Save and restore a run such that it goes on bit for bit, whatever happened and whenever.
 
 A checkpoint is a file of torch.save with its SHA-256 in the archive's comment. The last two are kept:
-checkpoint.pt and checkpoint.previous.pt.
+checkpoint.pt and checkpoint.previous.pt. One that cannot be read is set aside as checkpoint.damaged.pt.
 """
 
 import hashlib
 import io
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,40 @@ from fmexp.errors import FmexpError
 
 log = logging.getLogger(__name__)
 
-LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+LATEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 _DIGITS = 64
 
 
 class CheckpointError(FmexpError):
-    """Checkpoints that stand there and cannot be read."""
+    """Checkpoints that stand there and cannot be read, or a state that cannot be made one."""
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before it becomes the previous one. At every moment one of them is whole."""
+def save(folder: Path, state: dict[str, Any], *, read_back: bool = False) -> None:
+    """Write a checkpoint; the one before it becomes the previous one. At every moment one of them is whole.
+
+    Args:
+        read_back: first make sure that it could be read again; once a run is enough.
+
+    Raises:
+        CheckpointError: the state holds what a checkpoint cannot keep.
+    """
+    try:
+        sealed = _sealed(state)
+        if read_back:
+            _unsealed(sealed)
+    except Exception as error:  # whatever pickle and torch raise
+        raise CheckpointError(
+            f"The state of this run cannot be kept in a checkpoint: {error}\nThe state_dict of a model or optimizer may "
+            "hold tensors, numbers, strings, lists and dicts; other classes need torch.serialization.add_safe_globals."
+        ) from error
     with disk.whole(folder / LATEST, keep=folder / PREVIOUS) as file:
-        file.write(_sealed(state))
+        file.write(sealed)
 
 
 def load(folder: Path) -> dict[str, Any] | None:
     """The latest checkpoint that can be read, on the CPU, or None where there is none.
+
+    Where that is the previous one, the damaged one is set aside, so that it will not take the good one's place.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be read.
@@ -47,6 +66,7 @@ def load(folder: Path) -> dict[str, Any] | None:
             problems.append(f"{path}: {error}")
             continue
         for problem in problems:
+            os.replace(folder / LATEST, folder / DAMAGED)
             log.warning("a checkpoint cannot be read (%s); going on from the one before it, %s", problem, path.name)
         return state
     if problems:
@@ -59,7 +79,7 @@ def load(folder: Path) -> dict[str, Any] | None:
 
 def discard(folder: Path) -> None:
     """Remove the checkpoints of a run that is complete."""
-    for name in (PREVIOUS, LATEST):
+    for name in (DAMAGED, PREVIOUS, LATEST):
         (folder / name).unlink(missing_ok=True)
 
 

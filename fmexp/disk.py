@@ -28,7 +28,13 @@ def whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
+
+
+def clear(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder; no other process may be writing in it."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -37,9 +43,9 @@ def write(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -6,8 +6,12 @@ these sizes (`rewind`): what was written after the checkpoint is gone, to the by
 
 import logging
 import os
+import re
 import shutil
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams import summary_v2 as hp
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 
 from fmexp import disk
@@ -28,6 +32,7 @@ from fmexp.config import hparams
 log = logging.getLogger(__name__)
 
 PROJECTOR = "projector_config.pbtxt"
+EMBEDDING = ("tensors.tsv", "metadata.tsv", "sprite.png")
 EMPTY: dict[str, Any] = {"files": {}, "projector": ""}
 
 
@@ -35,7 +40,7 @@ def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> Summa
     """Open a SummaryWriter with its arguments `cfg` in `output_dir`; `step` is where a resumed run goes on from."""
     _let_a_second_pass(output_dir)
     # A running TensorBoard forgets by this mark what it had already read beyond the checkpoint.
-    purge_step = cfg.purge_step if cfg.get("purge_step") is not None else 0 if step is None else step + 1
+    purge_step = (cfg.get("purge_step") or 0) if step is None else step + 1
     # An absolute path: a relative one breaks when the program changes its folder. The comment is in the folder's name.
     writer: SummaryWriter = hydra.utils.instantiate(
         cfg, log_dir=str(output_dir.resolve()), comment="", purge_step=purge_step, _convert_="all"
@@ -46,14 +51,27 @@ def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> Summa
 
 
 def snapshot(writer: SummaryWriter, output_dir: Path) -> dict[str, Any]:
-    """Put all that was written on the disk, and return what `rewind` needs to come back to it."""
+    """Put all that was written on the disk, and return what `rewind` needs to come back to it.
+
+    Raises:
+        OSError: it could not be written, now or before.
+    """
+    writer.flush()
+    # flush alone may miss an error of the last record, which the writer's thread notes after it has called it done.
+    # It cannot miss it with one more record behind that; this one is empty.
+    _add(writer, Summary())
     writer.flush()
     sizes = {}
     for path in event_files(output_dir):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            sizes[path.name] = os.fstat(file.fileno()).st_size
-    return {"files": sizes, "projector": _read(output_dir / PROJECTOR)}
+        disk.sync(path)
+        sizes[path.name] = path.stat().st_size
+    projector = _read(output_dir / PROJECTOR)
+    for info in _embeddings(projector):
+        for name in filter(None, (info.tensor_path, info.metadata_path, info.sprite.image_path)):
+            with suppress(FileNotFoundError):
+                disk.sync(output_dir / name)
+                disk.sync((output_dir / name).parent)
+    return {"files": sizes, "projector": projector}
 
 
 def rewind(output_dir: Path, state: dict[str, Any]) -> None:
@@ -68,16 +86,39 @@ def rewind(output_dir: Path, state: dict[str, Any]) -> None:
         path = output_dir / name
         if not path.is_file() or path.stat().st_size < size:
             log.warning("%s is shorter than when the checkpoint was written: TensorBoard will miss its points", path)
-    if state["projector"]:
-        disk.write(output_dir / PROJECTOR, state["projector"])
+    kept = []
+    for info in _embeddings(state["projector"]):
+        if (output_dir / info.tensor_path).is_file():
+            kept.append(info)
+        else:  # TensorBoard would show no embedding of any run
+            log.warning("%s is gone, and its embedding with it", output_dir / info.tensor_path)
+    if kept:
+        disk.write(output_dir / PROJECTOR, text_format.MessageToString(ProjectorConfig(embeddings=kept)))
     else:
         (output_dir / PROJECTOR).unlink(missing_ok=True)
-    kept = {
-        Path(info.tensor_path).parent for info in text_format.Parse(state["projector"], ProjectorConfig()).embeddings
-    }
-    for folder in {path.parent for path in output_dir.glob("[0-9]*/**/tensors.tsv")}:
-        if folder.relative_to(output_dir) not in kept:
-            shutil.rmtree(folder)
+    folders = {(output_dir / info.tensor_path).parent for info in kept}
+    for step in (path for path in output_dir.iterdir() if re.fullmatch(r"\d{5,}", path.name) and path.is_dir()):
+        for folder in step.iterdir():  # as SummaryWriter names them: 00400/<tag>
+            if folder not in folders and folder.is_dir() and all(path.name in EMBEDDING for path in folder.iterdir()):
+                shutil.rmtree(folder)
+        if not any(step.iterdir()):
+            step.rmdir()
+
+
+@contextmanager
+def silent_writer() -> Iterator[None]:
+    """Within the block, let a writer's thread that cannot write say nothing itself: its next call raises the error."""
+    before = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not isinstance(raised.exc_value, OSError):
+            before(raised)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def event_files(output_dir: Path) -> list[Path]:
@@ -110,6 +151,10 @@ def _let_a_second_pass(output_dir: Path) -> None:
         time.sleep(0.05)
     if time.time() < newest:
         log.warning("the clock stands before the last event file of %s: TensorBoard may miss points", output_dir)
+
+
+def _embeddings(projector: str) -> list[EmbeddingInfo]:
+    return list(text_format.Parse(projector, ProjectorConfig()).embeddings)
 
 
 def _read(path: Path) -> str:

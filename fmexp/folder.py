@@ -27,7 +27,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK, timeout=0)
+        lock = filelock.FileLock(folder / LOCK, timeout=0.5)  # is_held takes it for a moment
         lock.acquire()
     except filelock.Timeout:
         owner = "another process"
@@ -41,7 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written to ({error.strerror}). Name another with hydra.run.dir=<folder>."
         ) from error
     try:
-        (folder / OWNER).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        with suppress(OSError):  # it is no more than a help for who comes second
+            (folder / OWNER).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield
     finally:
         with suppress(OSError):
@@ -55,8 +56,20 @@ def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
         return
     if not resume:
         raise ConfigError(f"resume=false: {folder} holds a run already. Name another folder, or move this one away.")
-    held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-    if different := config.difference(held, tree):  # type: ignore[arg-type]
+    try:
+        held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+        assert isinstance(held, dict)
+    except Exception as error:  # whatever a damaged file makes a YAML reader raise
+        raise ConfigError(
+            f"{folder / CONFIG} cannot be read, so that it is not known which run the folder holds: {error}\n"
+            "Name another folder; or, if it is this run, remove that file to go on."
+        ) from error
+    check_same(folder, held, tree)
+
+
+def check_same(folder: Path, held: dict[Any, Any], tree: dict[str, Any]) -> None:
+    """Raise ConfigError where two resolved configurations, the folder's and another, are not of the same run."""
+    if different := config.difference(held, tree):
         raise ConfigError(
             f"{folder} holds a run of another configuration, which differs in\n  "
             + "\n  ".join(different)

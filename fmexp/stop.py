@@ -1,16 +1,28 @@
 """Stopping in good order: a signal is noted, the run finishes its batch and saves, and only then the process ends."""
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
-# Ctrl-C, the system's and Slurm's request to end, and the warnings that Slurm sends before it ends a job.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+# Ctrl-C, the system's and Slurm's request to end, the warnings that Slurm sends before it ends a job, a closed terminal.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+# Within so many seconds of the first, a second signal is the first one's echo: `timeout` sends to the process and then
+# to its group, a terminal and the program in between both pass Ctrl-C on.
+ECHO_S = 0.5
+
+
+def patient(worker: int = 0) -> None:
+    """Let a data-loading process outlive a signal to the whole group, for its parent wants to finish the batch."""
+    Stop().__enter__()
 
 
 class Stop:
     """Notes the first signal that arrives within the block; a second one acts as it would without the block.
+
+    Signals that the process was started to ignore stay ignored.
 
     Attributes:
         signal: the signal that arrived, or None.
@@ -18,12 +30,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._noted = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # Python takes handlers there alone
             for name in SIGNALS:
-                if number := getattr(signal, name, None):
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -40,9 +54,11 @@ class Stop:
         raise SystemExit(128 + self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        if self._before.get(self.signal) is not None:
-            signal.signal(number, self._before[self.signal])
+        if self.signal is None:
+            self.signal, self._noted = signal.Signals(number), time.monotonic()
+        elif time.monotonic() > self._noted + ECHO_S:
+            self._give_back()
+            os.kill(os.getpid(), number)
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():
