@@ -41,7 +41,7 @@ def save(folder: Path, state: dict[str, Any], *, read_back: bool = False) -> Non
             _unsealed(sealed)
     except Exception as error:  # whatever pickle and torch raise
         raise CheckpointError(
-            f"The state of this run cannot be kept in a checkpoint: {error}\nThe state_dict of a model or optimizer may "
+            f"The state of this run cannot be kept in a checkpoint: {error}\nA model's or optimizer's state_dict may "
             "hold tensors, numbers, strings, lists and dicts; other classes need torch.serialization.add_safe_globals."
         ) from error
     with disk.whole(folder / LATEST, keep=folder / PREVIOUS) as file:

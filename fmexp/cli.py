@@ -46,7 +46,9 @@ def run(cfg: DictConfig) -> float:
         if single:
             remove_empty(output_dir)
         if (output_dir / "fmexp.log").is_file():  # it and the console have the traceback
-            raise FmexpError(f"{output_dir}: the run failed, {type(error).__name__}: {error}") from error
+            raise FmexpError(
+                f"{output_dir}: the run failed, {type(error).__name__}: {error} (fmexp.log has all)"
+            ) from error
         raise
 
 
@@ -67,7 +69,7 @@ def main() -> None:
 def resume_command(output_dir: Path, single: bool) -> str:
     """What to type to go on with this run, or with the sweep that it belongs to."""
     key, folder = ("hydra.run.dir", output_dir) if single else ("hydra.sweep.dir", output_dir.parent)
-    words = [word for word in sys.argv[1:] if not word.startswith(f"{key}=")]
+    words = [word for word in sys.argv[1:] if not word.startswith((f"{key}=", "resume="))]  # resume=false would refuse
     program = ["fmexp"] if Path(sys.argv[0]).name == "fmexp" else ["python", "-m", "fmexp"]
     return shlex.join([*program, *words, f"{key}={quoted(str(folder))}"])
 

@@ -289,7 +289,7 @@ def _check_stage(key: str, stage: Any) -> None:
 
 
 def _limited_values(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    schema = OmegaConf.get_type(node)
+    schema = OmegaConf.get_type(node) if prefix else Config  # a copy without Hydra's part may have lost its type
     limits = {f.name: dict(f.metadata) for f in fields(schema)} if is_dataclass(schema) else {}
     for name in node:
         if OmegaConf.is_missing(node, name):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from fmexp import files, randomness
 from fmexp.errors import ConfigError, DataError
+from fmexp.stop import patient
 
 GARMENTS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle Boot",
@@ -135,6 +136,7 @@ def batches(
         num_workers=num_workers,
         generator=torch.Generator(),  # its own, so that starting an epoch takes nothing from the global one
         pin_memory=device.type == "cuda",
+        worker_init_fn=patient,
     )
     for images, labels in loader:
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -199,11 +201,38 @@ def synthetic(train_size: int = 12_000, test_size: int = 2_000, image_size: int 
     return Dataset(train, test, GARMENTS, description="synthetic garments, drawn by fmexp: no photographs")
 
 
-def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: Sequence[str]) -> Dataset:
-    import torchvision.datasets
+# torchvision has the same (a test compares them), but importing it takes longer than reading the files.
+_IDX_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+_IDX_MD5 = {
+    "FashionMNIST": (
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+    "MNIST": (
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    "KMNIST": (
+        "bdb82020997e1d708af4cf47b453dcf7",
+        "e144d726b3acfaa3e44228e80efcd344",
+        "5c965bf0a639b31b8f53240b1b52f4d7",
+        "7320c461ea6c1c855c0b718fb2a4b134",
+    ),
+}
 
+
+def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: Sequence[str]) -> Dataset:
     folder = Path(root) / name / "raw"  # where torchvision keeps them
-    remotes = [files.Remote(*resource) for resource in getattr(torchvision.datasets, name).resources]
+    remotes = [files.Remote(*known) for known in zip(_IDX_FILES, _IDX_MD5[name], strict=True)]
     files.fetch(remotes, folder, mirrors, download=download, hint=HINT)
     arrays = [torch.from_numpy(files.read_idx(folder, remote)) for remote in remotes]
     splits = []

@@ -50,9 +50,13 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def holds_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
 def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
     """Raise ConfigError where the folder holds another run than the resolved configuration `tree`."""
-    if not (folder / CONFIG).is_file():
+    if not holds_run(folder):
         return
     if not resume:
         raise ConfigError(f"resume=false: {folder} holds a run already. Name another folder, or move this one away.")
@@ -87,10 +91,10 @@ def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictCo
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The content of result.json, or None."""
     try:
-        result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+        result = json.loads((folder / RESULT).read_text())
     except (OSError, ValueError):
         return None
-    return result
+    return result if isinstance(result, dict) else None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -41,10 +42,12 @@ def message(error: Exception) -> str:
     cause = error.__cause__ or error.__context__
     if isinstance(error, FmexpError):
         return str(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        return of_option(error)
     if isinstance(error, CompactHydraException) and isinstance(cause, OmegaConfBaseException):
-        where = str(error).removesuffix(str(cause)).strip()
-        return f"{where}\n{of_config(cause)}".strip()
-    if isinstance(error, CompactHydraException):
+        where, _, hint = str(error).removesuffix(str(cause)).strip().partition("\n")
+        return "\n".join(filter(None, (where, of_config(cause), hint)))
+    if isinstance(error, CompactHydraException) or _is_of_hydra(error):
         return str(error)
     if isinstance(error, YAMLError):
         return f"This is not YAML: {error}"
@@ -70,5 +73,25 @@ def of_config(error: OmegaConfBaseException) -> str:
     close = [name for name in below if name.rpartition(".")[2] == key and not name.startswith("hydra.")]
     close = close or difflib.get_close_matches(key, names, n=3)
     prefix = f"{parent}." if parent else ""
-    meant = f" Did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
-    return f"There is no key {prefix}{key}.{meant}\n{parent or 'The configuration'} has {', '.join(names)}."
+    meant = _meant([prefix + name for name in close])
+    return (
+        f"There is no key {prefix}{key}.{meant}\n{parent or 'The configuration'} has {', '.join(names) or 'no keys'}."
+    )
+
+
+def of_option(error: MissingConfigException) -> str:
+    """Which option a group does not have, and those that it has."""
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    options = list(error.options or ())
+    meant = _meant([f"{group}={name}" for name in difflib.get_close_matches(option, options, n=3)])
+    return f"{str(error).splitlines()[0]}.{meant}\nThe options of {group} are {', '.join(options)}."
+
+
+def _is_of_hydra(error: Exception) -> bool:
+    """Whether Hydra refuses a command line with an error of Python's, as it does for flags that exclude each other."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and bool(frames) and "hydra" in Path(frames[-1].filename).parts
+
+
+def _meant(names: list[str]) -> str:
+    return f" Did you mean {' or '.join(names)}?" if names else ""

@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -89,7 +90,7 @@ class Run:
 
     def scalar(self, tag: str, value: float) -> None:
         """Write a metric at the current step."""
-        self.metrics[tag] = value
+        self.metrics[tag] = float(value)  # NumPy's numbers would make a checkpoint unreadable
         self.writer.add_scalar(tag, value, self.step)
 
     def happen(self, moment: str) -> None:
@@ -197,12 +198,15 @@ def execute(
     if (objective := _finished(output_dir)) is not None:
         return objective
     run = build(cfg)
-    with folder.locked(output_dir), _log_file(output_dir / "fmexp.log"), Stop() as stop:
+    with folder.locked(output_dir), _log_file(output_dir / "fmexp.log"), events.silent_writer(), Stop() as stop:
         folder.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir)) is not None:
             return objective
+        state = checkpoint.load(output_dir)
+        if state:  # .hydra/, which check_identity reads, may have been removed
+            folder.check_same(output_dir, state["config"], tree)
         try:
-            return _Execution(run, output_dir, tree, stop, resume_command).go(hydra_files or {})
+            return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
             if disk_full(error):
                 raise FmexpError(
@@ -223,13 +227,17 @@ class _Execution:
         self.resume_command = resume_command
         self.started = time.monotonic()
         self.saved, self.cost = self.started, 0.05  # when the last checkpoint was written, and the seconds that it took
+        self.read_back = True  # whether the next checkpoint is the first of this process
 
-    def go(self, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
+    def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
+        """Go on from a checkpoint's state, or begin; return the objective."""
         run = self.run
-        state = checkpoint.load(self.output_dir)
+        begun = state or folder.holds_run(self.output_dir)
         folder.write_config(self.output_dir, self.tree, hydra_files)
         (self.output_dir / folder.RESULT).unlink(missing_ok=True)
-        events.rewind(self.output_dir, state["events"] if state else events.EMPTY)
+        if begun:  # else what stands here is not ours
+            disk.clear(self.output_dir)
+            events.rewind(self.output_dir, state["events"] if state else events.EMPTY)
         if state:
             self._restore(state)
         run.output_dir = self.output_dir
@@ -250,9 +258,9 @@ class _Execution:
                     status, run.step = "diverged", diverged.step
             return self._finish(status)
         except BaseException as error:
-            if isinstance(error, Exception) and not disk_full(error):
-                events.write_status(run.writer, complete=False)
             with suppress(Exception):  # a writer on a full disk raises once more
+                if isinstance(error, Exception) and not disk_full(error):
+                    events.write_status(run.writer, complete=False)
                 run.writer.close()
             raise
 
@@ -261,6 +269,7 @@ class _Execution:
         run.seconds += time.monotonic() - self.started
         run.writer.add_scalar("seconds", run.seconds, run.step)
         events.write_status(run.writer, status == "complete")
+        events.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
         if status == "complete":
             with disk.whole(self.output_dir / "model.pt") as file:
@@ -280,6 +289,8 @@ class _Execution:
 
     def _epoch(self) -> None:
         run = self.run
+        if run.losses:
+            training.mean_loss(run.losses, run.step)  # what has diverged is not evaluated
         run.scalar("test/loss", run.evaluation.loss)
         run.scalar("test/accuracy", run.evaluation.accuracy)
         best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone
@@ -321,7 +332,8 @@ class _Execution:
             "backend": asdict(run.backend),
             "versions": versions(),
         }
-        checkpoint.save(self.output_dir, state)
+        checkpoint.save(self.output_dir, state, read_back=self.read_back)
+        self.read_back = False
         self.saved = time.monotonic()
         self.cost = self.saved - began
 
@@ -336,6 +348,8 @@ class _Execution:
         run.backend = replace(run.backend, **kept)
         if changed := run.backend.changed(state["backend"]):
             log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))
+        if run.step:
+            run.batch = training.latest_batch(run)
         randomness.restore(state["random"])
 
     def _announce(self, resumed: bool) -> None:
@@ -376,8 +390,12 @@ class _Execution:
         )
 
 
-def disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or the one that it came from, says so: torch.save hides it in another."""
+    if error is None:
+        return False
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or disk_full(error.__cause__ or error.__context__)
 
 
 def versions() -> dict[str, str]:
@@ -399,8 +417,10 @@ def _logdir(output_dir: Path) -> str:
 def _finished(output_dir: Path) -> float | None:
     """The objective of a run that needs no more work, or None."""
     result = folder.read_result(output_dir)
-    if not result or result["status"] not in ("complete", "diverged"):
+    if not result or result.get("status") not in ("complete", "diverged"):
         return None
+    with suppress(OSError):  # a folder that may only be read
+        checkpoint.discard(output_dir)  # if the process was killed just before it did so itself
     log.info("%s is %s already; nothing is trained", shown(output_dir), result["status"])
     return math.nan if result["objective"] is None else float(result["objective"])
 
@@ -410,7 +430,7 @@ def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str,
     result = {
         "status": status,
         "objective": objective if math.isfinite(objective) else None,
-        "metrics": run.metrics,
+        "metrics": {tag: value if math.isfinite(value) else None for tag, value in run.metrics.items()},
         "steps": run.step,
         "seconds": round(run.seconds, 3),
         "config_digest": config.digest(tree),
@@ -426,7 +446,7 @@ def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str,
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Append all log lines to a file, with the time; the file is made by its first line."""
-    handler = logging.FileHandler(path, delay=True)
+    handler = _LogFile(path, delay=True)
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("fmexp")
     level = ours.level
@@ -436,8 +456,17 @@ def _log_file(path: Path) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
         ours.setLevel(level)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says nothing of a full disk: what the run itself cannot write is reported, and once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:

@@ -7,16 +7,23 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-# Ctrl-C, the system's and Slurm's request to end, the warnings that Slurm sends before it ends a job, a closed terminal.
+# Ctrl-C, the request of the system and of Slurm to end, Slurm's warnings before it does so, a closed terminal.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 # Within so many seconds of the first, a second signal is the first one's echo: `timeout` sends to the process and then
 # to its group, a terminal and the program in between both pass Ctrl-C on.
 ECHO_S = 0.5
 
 
-def patient(worker: int = 0) -> None:
-    """Let a data-loading process outlive a signal to the whole group, for its parent wants to finish the batch."""
-    Stop().__enter__()
+LAST_S = 600  # how long a data-loading process lives on after a SIGTERM
+
+
+def patient(worker: int) -> None:
+    """Let a data-loading process outlive a signal that goes to all processes, so that its parent can finish a batch."""
+    for name in SIGNALS:
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # torch's way to end one that hangs is SIGTERM
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LAST_S))
 
 
 class Stop:

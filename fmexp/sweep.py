@@ -306,7 +306,7 @@ def _read_member(path: Path) -> Member:
         overrides=split([str(word) for word in overrides]),
         status=status(path),
         objective=math.nan if objective is None else objective,
-        metrics=result.get("metrics", {}),
+        metrics={tag: value for tag, value in result.get("metrics", {}).items() if value is not None},
         seconds=result.get("seconds", 0.0),
         error=result.get("error", ""),
     )

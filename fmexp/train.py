@@ -29,15 +29,21 @@ class DivergedError(Exception):
 
 def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> Tensor:
     """One training step on images [B, C, H, W] and labels [B]; the cross-entropy before it, a scalar tensor."""
-    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
     loss = F.cross_entropy(model(images), labels)
     loss.backward()
-    optimizer.step()
+    with torch.no_grad():  # the update itself, without the wrappers for profiling, hooks and torch.compile around it
+        inspect.unwrap(type(optimizer).step)(optimizer)
     return loss.detach()
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer named by `cfg`, in its fused form where torch has one: the same update in one kernel."""
+    for method in (Optimizer.add_param_group, Optimizer.load_state_dict):
+        # Otherwise they import torch._dynamo, over a second, only to tell it that it is not wanted.
+        vars(inspect.unwrap(method)).setdefault("__dynamo_disable", inspect.unwrap(method))
     build = hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
     if "fused" in inspect.signature(build.func).parameters and not {"fused", "foreach", "differentiable"} & cfg.keys():
         try:
@@ -99,6 +105,15 @@ def train(
                 bar.update()
                 if run.step == total:
                     break
+
+
+def latest_batch(run: "Run") -> tuple[Tensor, Tensor]:
+    """The batch that a run which has trained was trained on last, made again."""
+    cfg, count = run.cfg.train, datasets.length(run.dataset.train)
+    epoch, position = divmod(run.step - 1, batches_per_epoch(run.cfg, run.dataset))
+    indices = datasets.order(run.cfg.seed, epoch, count)[position * cfg.batch_size :][: cfg.batch_size]
+    seed = run.cfg.seed, epoch
+    return next(datasets.batches(run.dataset, run.dataset.train, indices, cfg.batch_size, device=run.device, seed=seed))
 
 
 def mean_loss(losses: list[Tensor], step: int) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10
 
@@ -25,7 +25,8 @@ def small(*overrides: str) -> DictConfig:
     """A configuration of 16 batches on drawn data; every stage's failure ends the run."""
     cfg = compose([*SMALL, *overrides])
     for stage in cfg.stage.values():
-        stage.required = True
+        with open_dict(stage):
+            stage.required = True
     return cfg
 
 

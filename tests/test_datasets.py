@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets
 import torchvision.transforms
 from conftest import assert_same_weights, small, write_cifar10, write_idx, write_idx_splits
 from PIL import Image
@@ -317,6 +318,12 @@ def pack_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.rmtree(root / CIFAR10.base_folder)
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest())
     return archive
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "MNIST", "KMNIST"])
+def test_the_files_and_their_checksums_are_torchvisions(name: str) -> None:
+    known = list(zip(datasets._IDX_FILES, datasets._IDX_MD5[name], strict=True))
+    assert known == getattr(torchvision.datasets, name).resources
 
 
 def test_synthetic_data_have_the_sizes_asked_for_and_share_no_image() -> None:

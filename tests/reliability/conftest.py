@@ -1,0 +1,29 @@
+"""Fixtures of the reliability tests: a driver that starts runs quickly, and the uninterrupted runs to compare with."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from reliability_tools import Driver
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    driver = Driver(tmp_path_factory.mktemp("driver"))
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
+def truth(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of the uninterrupted run of some overrides, executed once."""
+    known: dict[tuple[str, ...], Path] = {}
+
+    def run(*args: str) -> Path:
+        if args not in known:
+            known[args] = folder = tmp_path_factory.mktemp("truth") / "run"
+            ended = driver.run(*args, f"hydra.run.dir={folder}", trace=folder.parent / "trace.txt")
+            assert ended.code == 0, ended.output
+        return known[args]
+
+    return run

@@ -1,0 +1,122 @@
+"""Models and datasets of the reliability tests, named by `_target_`: with state, noise and delays of all kinds."""
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmexp.datasets import Dataset, synthetic
+from fmexp.run import Run
+
+
+class Noisy(nn.Module):
+    """Batch normalisation (running statistics) and dropout (random numbers): what a careless resume gets wrong."""
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 4, 3, stride=3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout2d(0.2),
+            nn.Flatten(),
+            nn.LazyLinear(24),
+            nn.BatchNorm1d(24),
+            nn.Dropout(0.3),
+            nn.Linear(24, num_classes),
+        )
+        self.body(torch.zeros(2, channels, height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Waits(nn.Module):
+    """Linear; its fourth training batch makes the file $RELIABILITY_WAITING and lasts until that is removed."""
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], num_classes)
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += self.training
+        if self.training and self.batches == 4:
+            sign = Path(os.environ["RELIABILITY_WAITING"])
+            sign.touch()
+            until = time.monotonic() + 60
+            while sign.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+        return self.linear(x.flatten(1))
+
+
+class Explodes(nn.Module):
+    """Linear, and infinite from the eleventh training batch on."""
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], num_classes)
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.batches += 1
+        logits = self.linear(x.flatten(1))
+        return logits * float("inf") if self.batches > 10 else logits
+
+
+class Keepsake:
+    """What no checkpoint can keep."""
+
+
+class Unkept(nn.Linear):
+    """A model whose state holds an object of a class that torch does not know."""
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(input_shape[0] * input_shape[1] * input_shape[2], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+    def get_extra_state(self) -> Any:
+        return Keepsake()
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Augmented(torch.utils.data.Dataset[Any]):
+    """Images that are shifted, flipped and noisy in another way each time, by all three sources of random numbers."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index].float() / 127.5 - 1
+        if random.random() < 0.5:
+            image = image.flip(-1)
+        row, column = np.random.randint(0, 5, 2)
+        size = image.shape[-1]
+        image = F.pad(image, (2, 2, 2, 2))[:, row : row + size, column : column + size]
+        return image + 0.05 * torch.randn(image.shape), int(self.labels[index])
+
+
+def augmented(**arguments: int) -> Dataset:
+    """The drawn garments, with a training split of the map style."""
+    made = synthetic(**arguments)
+    return Dataset(Augmented(made.train.images, made.train.labels), made.test, made.classes, description="augmented")
+
+
+def bad_metric(run: Run, *, value: str) -> None:
+    """A stage that keeps a metric which is NumPy's, or not finite."""
+    run.scalar("own/metric", np.float64(value))

@@ -1,0 +1,210 @@
+"""What the reliability tests share: starting and breaking runs, and comparing what two runs left."""
+
+import hashlib
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.hparams import metadata as hparams
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import masked_crc32c
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DEADLINE_S = 120
+
+# 16 batches an epoch, and a checkpoint at 3, 6, 9, 12, 15, 16 and so on: kills land between them.
+SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "dataset.image_size=16", "device=cpu",
+         "train.epochs=2", "train.log_every=4", "train.checkpoint_every=3")  # fmt: skip
+STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", "per_class_accuracy",
+          "confusion_matrix")  # fmt: skip
+BARE = (*SMALL, "model=mlp", "model.hidden=[16]", *(f"stage.{stage}.enabled=false" for stage in STAGES))
+# Stages that write of every kind of summary before, between and after checkpoints.
+RICH = (*SMALL, "model=lenet", "stage.confusion_matrix.enabled=false", "stage.image_grid.on=log",
+        "stage.projector.on=log", "stage.projector.images=6", "stage.projector.features=fc2", "stage.pr_curves.on=epoch",
+        "stage.predictions.on=end", "stage.predictions.images=2")  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A child's environment: one thread, this checkout, and the tests' models."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    own = os.pathsep.join([str(ROOT), str(HERE)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": own, "PATH": path, "TQDM_DISABLE": "1", **more}
+
+
+@dataclass
+class Ended:
+    """How a process ended: its exit status, or minus the signal that killed it, and what it printed."""
+
+    code: int
+    output: str
+
+
+class Driver:
+    """Starts command lines of fmexp through reliability_driver.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.number = folder, 0
+        self.server: subprocess.Popen[bytes] | None = None
+
+    def run(self, *args: str, **how: Any) -> Ended:
+        """Execute a command line to its end; see `start`."""
+        return self.wait(self.start(*args, **how))
+
+    def start(
+        self,
+        *args: str,
+        plan: Sequence[dict[str, Any]] | None = None,
+        trace: Path | None = None,
+        **environ: str,
+    ) -> int:
+        """Start a process and return its pid. With a `plan` or a `trace` it is watched by reliability_breaker."""
+        if self.server is None:
+            self.server = subprocess.Popen(
+                [sys.executable, HERE / "reliability_driver.py"], env=environment(), cwd=self.folder, bufsize=0,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=default_signals,
+            )  # fmt: skip
+        self.number += 1
+        self.output = self.folder / f"output{self.number}.txt"
+        watched = None
+        if plan is not None or trace is not None:
+            watched = {"folder": run_dir(args), "plan": list(plan or ()), "trace": str(trace) if trace else None}
+        request = {
+            "args": args, "output": str(self.output), "break": watched, "cwd": str(self.folder), "environment": environ,
+        }  # fmt: skip
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(request).encode() + b"\n")
+        return int(self._answer()["pid"])
+
+    def wait(self, pid: int) -> Ended:
+        try:
+            status = self._answer()["status"]
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            raise
+        output = self.output.read_text() if self.output.exists() else ""
+        return Ended(os.waitstatus_to_exitcode(status), output)
+
+    def close(self) -> None:
+        if self.server is not None:
+            assert self.server.stdin is not None
+            self.server.stdin.close()
+            self.server.wait(DEADLINE_S)
+            assert self.server.stdout is not None
+            self.server.stdout.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.server is not None
+        assert self.server.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.server.stdout, selectors.EVENT_READ)
+            line = b""
+            until = time.monotonic() + DEADLINE_S
+            while not line.endswith(b"\n"):
+                if not selector.select(until - time.monotonic()):
+                    raise TimeoutError(f"no end after {DEADLINE_S} s: {self.output.read_text()}")
+                line += self.server.stdout.read(1)
+        return json.loads(line)  # type: ignore[no-any-return]
+
+
+def run_dir(args: Sequence[str]) -> str:
+    return next(arg.partition("=")[2] for arg in args if arg.startswith("hydra.run.dir="))
+
+
+def default_signals() -> None:
+    """Take back what the tests' own parent may have ignored; a shell does so with what it starts by `&`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for a condition, at most DEADLINE_S seconds, and return what it gave."""
+    end = time.monotonic() + DEADLINE_S
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.02)
+    raise TimeoutError(f"{what}, for {DEADLINE_S} s")
+
+
+def records(path: Path) -> list[Event]:
+    """All events of a file; an AssertionError where one is torn or damaged."""
+    content, events, at = path.read_bytes(), [], 0
+    while at < len(content):
+        length = int.from_bytes(content[at : at + 8], "little")
+        assert masked_crc32c(content[at : at + 8]) == int.from_bytes(content[at + 8 : at + 12], "little"), path
+        data, at = content[at + 12 : at + 12 + length], at + 16 + length
+        assert masked_crc32c(data) == int.from_bytes(content[at - 4 : at], "little"), f"{path} is torn"
+        events.append(Event.FromString(data))
+    return events
+
+
+def all_events(folder: Path) -> list[Event]:
+    return [event for path in sorted(folder.glob("events.out.tfevents.*")) for event in records(path)]
+
+
+def written(folder: Path) -> list[tuple[int, str, str]]:
+    """All that a run wrote for TensorBoard, in its order: (step, tag, digest of the content), without clock times."""
+    found = []
+    for event in all_events(folder):
+        if event.graph_def:
+            found.append((event.step, "graph", digest(event.graph_def)))
+        for value in event.summary.value:
+            plugin = value.metadata.plugin_data
+            if plugin.plugin_name == hparams.PLUGIN_NAME:
+                content = HParamsPluginData.FromString(plugin.content)
+                content.session_start_info.ClearField("start_time_secs")
+                content.session_start_info.ClearField("group_name")  # which is the folder
+                content.session_end_info.ClearField("end_time_secs")
+                plugin.content = content.SerializeToString(deterministic=True)
+            if value.tag == "seconds":
+                value.simple_value = 0
+            shown = str(value.simple_value) if value.HasField("simple_value") else digest(value.SerializeToString())
+            found.append((event.step, value.tag, shown))
+    return found
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """All that a complete run leaves, such that it is equal for two runs of one configuration."""
+    result = json.loads((folder / "result.json").read_text())
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    model = torch.load(folder / "model.pt", weights_only=True) if (folder / "model.pt").exists() else {}
+    return {
+        "result": {key: value for key, value in result.items() if key != "seconds"},
+        "model": {name: (str(t.dtype), tuple(t.shape), digest(t.numpy().tobytes())) for name, t in model.items()},
+        "events": written(folder),
+        "files": sorted(name for name in files if "tfevents" not in name),
+        "projector": {name: digest((folder / name).read_bytes()) for name in files
+                      if re.match(r"\d{5}/|projector_config", name)},
+    }  # fmt: skip
+
+
+def assert_same(folder: Path, truth: Path) -> None:
+    """Assert that a run which was stopped left what the one that was not has left."""
+    mine, its = left(folder), left(truth)
+    for part in its:
+        assert mine[part] == its[part], part
+
+
+def listing(folder: Path, *leave_out: str) -> dict[str, tuple[int, str]]:
+    """Each file of a folder: its time of change in ns, and its content's digest."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, digest(path.read_bytes()))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in leave_out
+    }

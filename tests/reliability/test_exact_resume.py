@@ -1,0 +1,46 @@
+"""A run that was killed and resumed equals, to the bit, the one that was not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from reliability_tools import BARE, RICH, Driver, assert_same
+
+MODELS = {
+    "lenet": ("model=lenet",),
+    "mlp": ("model=mlp", "model.hidden=[32]", "model.dropout=0.2"),
+    "noisy": ("model=lenet", "model._target_=reliability_parts.Noisy"),
+}
+OPTIMIZERS = {"sgd": ("optimizer=sgd", "optimizer.momentum=0.9"), "adam": ("optimizer=adam",)}
+DATA = {
+    "memory": (),
+    "workers": ("dataset._target_=reliability_parts.augmented", "train.num_workers=2", "train.epochs=1"),
+}
+BARE_BUT_MODEL = tuple(arg for arg in BARE if not arg.startswith("model"))
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_killed_between_checkpoints(
+    driver: Driver, truth: Callable[..., Path], tmp_path: Path, model: str, optimizer: str, data: str
+) -> None:
+    args = (*BARE_BUT_MODEL, *MODELS[model], *OPTIMIZERS[optimizer], *DATA[data])
+    folder = tmp_path / "run"
+    for steps in (5, 6):  # after the batches 5 and 9, for it goes on from 3
+        plan = [{"steps": steps, "match": "batch trained", "do": "kill"}]
+        assert driver.run(*args, f"hydra.run.dir={folder}", plan=plan).code == -9
+    ended = driver.run(*args, f"hydra.run.dir={folder}")
+    assert ended.code == 0, ended.output
+    assert "going on from the checkpoint at step 6" in ended.output
+    assert_same(folder, truth(*args))
+
+
+def test_everything_that_is_written(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for steps in (1, 5, 7, 12, 13):
+        plan = [{"steps": steps, "match": "batch trained", "do": "kill"}]
+        assert driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan).code == -9
+    ended = driver.run(*RICH, f"hydra.run.dir={folder}")
+    assert ended.code == 0, ended.output
+    assert_same(folder, truth(*RICH))

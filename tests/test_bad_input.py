@@ -1,0 +1,297 @@
+"""Each bad input ends with a message that names key, value and way out, exit status 1, no traceback and no file."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from program import CHECKOUT, Finished, call, environment, run
+
+from fmexp.errors import FmexpError
+
+FILES = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
+NOT_IMPORTED = "Code of your own must be installed or on PYTHONPATH"
+
+# What people write in YAML files of their own, and get wrong.
+OWN_CONF = {
+    "optimizer/typo": "defaults: [/schema/optimizer/sgd@_here_, _self_]\n_target_: torch.optim.SGD\nlrr: 0.1\n",
+    "optimizer/word": "defaults: [/schema/optimizer/sgd@_here_, _self_]\n_target_: torch.optim.SGD\nlr: fast\n",
+    "optimizer/negative": "defaults: [/schema/optimizer/sgd@_here_, _self_]\n_target_: torch.optim.SGD\nlr: -1\n",
+    "optimizer/open": "_target_: torch.optim.SGD\nlr: ???\n",
+    "optimizer/dangling": "_target_: torch.optim.SGD\nlr: ${trian.epochs}\n",
+    "optimizer/steered": "defaults: [/schema/optimizer/sgd@_here_, _self_]\n_target_: torch.optim.SGD\nlr: ${minus}\n",
+    "optimizer/untargeted": "lr: 0.1\n",
+    "optimizer/broken": "_target_: torch.optim.SGD\n lr: 0.1\n",
+    "optimizer/no_optimizer": "_target_: wrong.no_optimizer\n",
+    "experiment/halves": "# @package _global_\ntrain: {epochs: 2.5}\n",
+    "experiment/none": "# @package _global_\ntrain: {batch_size: 0}\n",
+    "experiment/epochz": "# @package _global_\ntrain: {epochz: 3}\n",
+    "experiment/elsewhere": "# @package _global_\ndefaults:\n  - override /optimizer: adamm\n",
+    "model/three": "_target_: wrong.Three\n",
+    "model/function": "_target_: wrong.no_model\n",
+    "dataset/list": "_target_: wrong.no_dataset\n",
+    "stage/bare_on": "mine:\n  _target_: wrong.stage\n  on: end\n  size: 1\n",
+    "stage/bare_on_in_schema":
+        "defaults: [/schema/stage/plain@mine, _self_]\nmine:\n  _target_: fmexp.cli.main\n  on: end\n",
+    "stage/noon": 'mine:\n  _target_: wrong.stage\n  "on": noon\n  size: 1\n',
+    "stage/onless": "mine:\n  _target_: wrong.stage\n  size: 1\n",
+    "stage/nameless": '_target_: wrong.stage\n"on": end\nsize: 1\n',
+    "stage/unknown": 'mine:\n  _target_: wrong.stage\n  "on": end\n  size: 1\n  colour: red\n',
+    "stage/missing": 'mine:\n  _target_: wrong.stage\n  "on": end\n',
+    "stage/nowhere": 'mine:\n  _target_: wrong.nowhere\n  "on": end\n',
+}  # fmt: skip
+OWN_CODE = '''"""Objects that are not what fmexp needs."""
+
+from torch import nn
+
+
+class Three(nn.Module):
+    def __init__(self, *, input_shape, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def no_model(*, input_shape, num_classes):
+    return print
+
+
+def no_dataset():
+    return [1, 2]
+
+
+def no_optimizer(params):
+    return "adam"
+
+
+def stage(run, *, size):
+    pass
+'''
+
+
+@dataclass(frozen=True)
+class Case:
+    """Words of a command line, and what the message has to say."""
+
+    words: tuple[str, ...]
+    says: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
+def bad(words: str, *says: str) -> Case:
+    return Case(tuple(words.split()), says)
+
+
+# Found while the configuration is composed or checked.
+COMPOSED = [
+    bad("model=lennet", "model/lennet", "Did you mean model=lenet?", "The options of model are ", "lenet, mlp"),
+    bad("+stage=mine", "stage/mine", "pr_curves, predictions, projector"),
+    bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, momentum, ", "+optimizer.lrr=0.1"),
+    bad("optimizr=adam", "There is no key optimizr. Did you mean optimizer?", "dataset, model, optimizer", "experiment"),
+    bad("lr=0.1", "There is no key lr. Did you mean optimizer.lr?"),
+    bad("stage.pr_curvs.on=end", "There is no key stage.pr_curvs. Did you mean stage.pr_curves?"),
+    bad("optimizer.lr=fast", "optimizer.lr=fast", "could not be converted to Float"),
+    bad("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0.0"),
+    bad("optimizer.lr=nan", "optimizer.lr=nan must be a finite number"),
+    bad("train.batch_size=0", "train.batch_size=0 must be at least 1"),
+    bad("train.epochs=2.5", "train.epochs=2.5", "could not be converted to Integer"),
+    bad("train.max_steps=0", "train.max_steps=0 must be at least 1"),
+    bad("logging.max_queue=0", "logging.max_queue=0 must be at least 1"),
+    bad("seed=-1", "seed=-1 must be at least 0"),
+    bad("device=gpu", "device=gpu must be auto, cpu, mps, cuda or cuda:<number>"),
+    bad("objective=test/acc", "objective=test/acc must be one of test/accuracy, test/loss, train/loss"),
+    bad("stage.projector.on=noon", "stage.projector.on", "'noon'", "[start, log, epoch, end]"),
+    bad("stage.image_grid.layout=grill", "stage.image_grid.layout=grill must be one of grid, images"),
+    bad("--multirun seed=0,-1", "seed=-1 must be at least 0"),
+    bad("--cfg=job --info=all", "Only one of", "--cfg, --info"),
+    bad("--help model=lennet", "model/lennet", "Did you mean model=lenet?"),
+    bad("optimizer=typo", "optimizer/typo", "There is no key optimizer.lrr. Did you mean optimizer.lr?"),
+    bad("optimizer=word", "optimizer/word", "optimizer.lr: Value 'fast'", "could not be converted to Float"),
+    bad("optimizer=negative", "optimizer.lr=-1.0 must be at least 0.0"),
+    bad("optimizer=open", "optimizer.lr=??? is left open", "optimizer.lr=<value>"),
+    bad("optimizer=dangling", "optimizer.lr: ", "'trian.epochs' not found"),
+    bad("optimizer=steered +minus=-1", "optimizer.lr=-1.0 must be at least 0.0"),
+    bad("optimizer=untargeted", "optimizer={'lr': 0.1} must be a mapping with _target_"),
+    bad("optimizer=broken", "This is not YAML", "broken.yaml", "line 2"),
+    bad("experiment=halves", "experiment/halves", "train.epochs: Value '2.5'", "could not be converted to Integer"),
+    bad("experiment=none", "train.batch_size=0 must be at least 1"),
+    bad("experiment=epochz", "experiment/epochz", "There is no key train.epochz. Did you mean train.epochs?"),
+    bad("experiment=elsewhere", "optimizer/adamm", "Did you mean optimizer=adam"),
+    bad("+stage=bare_on", "stage.mine", 'write "on" in quotes', '"on": end'),
+    bad("+stage=bare_on_in_schema", "stage.mine", 'write "on" in quotes'),
+    bad("+stage=noon", "stage.mine.on=noon must be one of start, log, epoch, end"),
+    bad("+stage=onless", "stage.mine.on is missing", "start, log, epoch, end"),
+    bad("+stage=nameless", "stage._target_=wrong.stage must be a mapping with _target_ and on"),
+]  # fmt: skip
+
+# Found while the run is built, on small data.
+BUILT = [
+    bad("dataset.image_size=8", "model._target_=fmexp.models.LeNet cannot be built", "at least 16x16 pixels, not 8x8",
+        "dataset synthetic gives images of 1x8x8 and 10 classes"),
+    bad("model=three", "model._target_=wrong.Three returns (2, 3)", "(2, 10) are needed",
+        "dataset synthetic gives images of 1x28x28 and 10 classes"),
+    bad("model=function", "model._target_=wrong.no_model returned builtin_function_or_method where ", "Module is needed"),
+    bad("dataset=list", "dataset._target_=wrong.no_dataset returned list where fmexp.datasets.Dataset is needed"),
+    bad("optimizer=no_optimizer", "optimizer._target_=wrong.no_optimizer returned str where ", "Optimizer is needed"),
+    bad("model._target_=nowhere.Net", "model._target_=nowhere.Net cannot be imported", "'nowhere'", NOT_IMPORTED),
+    bad("model._target_=fmexp.models.LeNett", "model._target_=fmexp.models.LeNett cannot be imported", NOT_IMPORTED),
+    bad("dataset._target_=nowhere.data", "dataset._target_=nowhere.data cannot be imported", NOT_IMPORTED),
+    bad("optimizer._target_=torch.optim.Sgd", "optimizer._target_=torch.optim.Sgd cannot be imported", NOT_IMPORTED),
+    bad("logging._target_=nowhere.Writer", "logging._target_=nowhere.Writer cannot be imported", NOT_IMPORTED),
+    bad("stage.projector._target_=nowhere.look", "stage.projector._target_=nowhere.look cannot be imported"),
+    bad("+stage=nowhere", "stage.mine._target_=wrong.nowhere cannot be imported", NOT_IMPORTED),
+    bad("+stage=unknown", "stage.mine._target_=wrong.stage cannot be built", "argument 'colour'", "arguments are size."),
+    bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size."),
+    bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, momentum"),
+    bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'"),
+    bad("+logging.foo=1", "logging._target_=torch.utils.tensorboard.SummaryWriter cannot be built", "'foo'",
+        "flush_secs, filename_suffix"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with conf/, full of mistakes, and with importable code."""
+    folder = tmp_path_factory.mktemp("own")
+    for name, text in OWN_CONF.items():
+        path = folder / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (folder / "wrong.py").write_text(OWN_CODE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.delenv("FMEXP_DATA", raising=False)
+        yield folder
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty folder to be in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+def assert_refused(done: Finished, says: tuple[str, ...]) -> None:
+    """Check that a run said in a few lines what it has to, with no traceback, and failed."""
+    assert done.status == 1
+    for part in says:
+        assert part in done.err
+    assert "Traceback" not in done.out + done.err
+    assert len(done.err.splitlines()) <= 12, done.err
+    assert "HYDRA_FULL_ERROR=1" in done.err
+
+
+def assert_nothing_in(folder: Path) -> None:
+    assert folder.is_dir()
+    assert [path.name for path in folder.iterdir() if path.name != "multirun"] == []
+
+
+@pytest.mark.parametrize("case", COMPOSED, ids=str)
+def test_mistake_in_the_configuration(case: Case, own: Path, here: Path) -> None:
+    assert_refused(call("--config-dir", str(own / "conf"), *case.words, cwd=here), case.says)
+    assert_nothing_in(here)
+
+
+@pytest.mark.parametrize("case", BUILT, ids=str)
+def test_mistake_in_what_is_built(case: Case, own: Path, here: Path) -> None:
+    small = SMALL if "dataset=list" not in case.words else ("device=cpu",)
+    assert_refused(call("--config-dir", str(own / "conf"), *small, *case.words, cwd=here), case.says)
+    assert_nothing_in(here)
+
+
+@pytest.mark.parametrize("words", ["optimizer.lrr=0.1", "seed=-1", "model=lennet", "optimizer=broken"])
+def test_full_error_is_the_exception_itself(
+    words: str, own: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="lrr|seed=-1|lennet|broken") as raised:
+        call("--config-dir", str(own / "conf"), words, cwd=here)
+    assert isinstance(raised.value, FmexpError) == (words == "seed=-1")
+    assert_nothing_in(here)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_device_that_is_not_there(here: Path) -> None:
+    done = call(*SMALL, "device=cuda", cwd=here)
+    assert_refused(done, ("device=cuda: this machine has no CUDA device", "device=cpu", "device=auto"))
+    assert_nothing_in(here)
+
+
+def test_dataset_neither_on_disk_nor_to_be_downloaded(here: Path, tmp_path: Path, own: Path) -> None:
+    root = tmp_path / "no data"
+    done = call(f"dataset.root='{root}'", "dataset.download=false", cwd=here)
+    assert_refused(done, (str(root / "FashionMNIST" / "raw"), FILES, "downloading is off", "dataset=synthetic needs no"))
+    assert_nothing_in(here)
+    assert not root.exists()
+
+
+def test_dataset_whose_mirrors_cannot_be_reached(here: Path, tmp_path: Path, own: Path) -> None:
+    root = tmp_path / "data"
+    with socket.socket() as deaf:  # bound, so that nobody else takes the port, and not listening
+        deaf.bind(("127.0.0.1", 0))
+        mirror = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+        done = call(f"dataset.root={root}", f"dataset.mirrors=['{mirror}']", cwd=here)
+    assert_refused(
+        done,
+        (
+            f"train-images-idx3-ubyte.gz could not be downloaded to {root / 'FashionMNIST' / 'raw'}",
+            f"{mirror}train-images-idx3-ubyte.gz: ",
+            "refused",
+            "dataset=synthetic needs no",
+        ),
+    )
+    assert_nothing_in(here)
+    assert [path.name for path in root.rglob("*") if path.is_file()] in ([], [".lock"])
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/below"])
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_folder_that_cannot_be_made(key: str, folder: str, here: Path) -> None:
+    (here / "taken").write_text("a file, not a folder")
+    sweep = ["--multirun", "seed=1,2"] if "sweep" in key else []
+    done = call(*sweep, *SMALL, f"{key}={folder}", cwd=here)
+    assert_refused(done, (folder, f"{key}=<folder>"))
+    assert [path.name for path in here.iterdir()] == ["taken"]
+    assert (here / "taken").read_text() == "a file, not a folder"
+
+
+def test_folders_that_held_something_stay(here: Path) -> None:
+    (here / "runs").mkdir()
+    (here / "runs" / "note").write_text("mine")
+    assert call("seed=-1", cwd=here).status == 1
+    assert [str(path.relative_to(here)) for path in here.rglob("*")] == ["runs", "runs/note"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        bad("model=lennet", "Did you mean model=lenet?"),
+        bad("optimizer.lrr=0.1", "Did you mean optimizer.lr?"),
+        bad("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0.0"),
+        bad("train.epochs=2.5", "could not be converted to Integer"),
+        bad("dataset.root=none dataset.download=false", "none/FashionMNIST/raw", FILES, "dataset=synthetic needs no"),
+        bad("dataset=synthetic dataset.image_size=8", "not 8x8", "1x8x8 and 10 classes"),
+    ],
+    ids=str,
+)
+def test_program_in_a_process_of_its_own(case: Case, here: Path) -> None:
+    assert_refused(run(*case.words, cwd=here), case.says)
+    assert_nothing_in(here)
+
+
+@pytest.mark.parametrize("word", ["optimizer.lrr=0.1", "seed=-1"])
+def test_full_error_gives_the_traceback(word: str, here: Path) -> None:
+    done = run(word, cwd=here, env=environment(CHECKOUT, HYDRA_FULL_ERROR="1"))
+    assert done.status == 1
+    assert done.err.lstrip().startswith(("Traceback (most recent call last)", "Error executing job"))
+    assert 'File "' in done.err
+    assert word.partition("=")[0].rpartition(".")[2] in done.err.splitlines()[-1] + done.err.splitlines()[-3]
+    assert_nothing_in(here)
