@@ -1,16 +1,19 @@
 """The door: Hydra composes and checks the configuration, and only then is torch imported and the run executed."""
 
 import logging
+import os
 import re
 import shlex
 import sys
-from contextlib import suppress
+import traceback
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fmexp import config, folder, launcher, messages, sweep
 from fmexp.config import conf_dir, resolved
@@ -30,26 +33,34 @@ def run(cfg: DictConfig) -> float:
         "overrides.yaml": overrides,
     }
     single = hydra_cfg.mode == RunMode.RUN
+    before = folder.read_result(output_dir)
     try:
         config.check(cfg)  # execute does so too, but after some seconds of importing torch
         from fmexp.run import execute  # torch is imported here, and not for --help or --cfg
 
-        return execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
-    except FmexpError as error:
-        if single:
-            remove_empty(output_dir)
-        else:
-            log.error("%s: %s", output_dir.name, error)
-            folder.write_failure(output_dir, resolved(cfg), overrides, str(error))
-        raise
+        with beside_the_bar():
+            return execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
+    except folder.HeldError:
+        raise  # who holds the folder writes what comes of it
     except Exception as error:
         if single:
             remove_empty(output_dir)
-        if (output_dir / "fmexp.log").is_file():  # it and the console have the traceback
-            raise FmexpError(
+        elif folder.read_result(output_dir) == before:  # it failed before the run could say so itself
+            details = "".join(traceback.format_exception(error)).strip() if error.__cause__ else str(error)
+            log.error("%s: %s", output_dir.name, details)
+            with suppress(OSError):
+                folder.write_failure(output_dir, resolved(cfg), overrides, str(error), details)
+        if not isinstance(error, FmexpError) and (output_dir / "fmexp.log").is_file():
+            raise FmexpError(  # the log and the console have the traceback
                 f"{output_dir}: the run failed, {type(error).__name__}: {error} (fmexp.log has all)"
             ) from error
         raise
+
+
+def beside_the_bar() -> AbstractContextManager[None]:
+    """On a terminal, write log lines above the progress bar and not into it."""
+    shown = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
+    return logging_redirect_tqdm() if shown else nullcontext()
 
 
 def main() -> None:
@@ -76,7 +87,7 @@ def resume_command(output_dir: Path, single: bool) -> str:
 
 def quoted(value: str) -> str:
     """A value as Hydra's override grammar takes it."""
-    if re.fullmatch(r"[\w./:+-]+", value):
+    if re.fullmatch(r"[\w./:+-]+", value, re.ASCII):
         return value
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
     return f"'{escaped}'"

@@ -60,7 +60,11 @@ class Dataset:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        image = self.train.images[0] if isinstance(self.train, Split) else self.train[0][0]
+        if isinstance(self.train, Split):
+            image = self.train.images[0]
+        else:
+            with randomness.forked(0):  # looking at an augmented image draws random numbers
+                image = self.train[0][0]
         channels, height, width = image.shape
         return channels, height, width
 

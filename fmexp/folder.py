@@ -18,23 +18,25 @@ RESULT, CONFIG = "result.json", ".hydra/config.yaml"
 LOCK, OWNER = ".lock", ".lock.owner"
 
 
+class HeldError(ConfigError):
+    """Another process is running in the folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and hold it for this process; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process holds it.
+        HeldError: another process holds it.
+        ConfigError: it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK, timeout=0.5)  # is_held takes it for a moment
         lock.acquire()
     except filelock.Timeout:
-        owner = "another process"
-        with suppress(OSError, ValueError):
-            owner = "process {pid} on {host}".format(**json.loads((folder / OWNER).read_text()))
-        raise ConfigError(
-            f"{folder}: {owner} is running in this folder. Wait for it, or name another folder."
+        raise HeldError(
+            f"{folder}: {owner(folder)} is running in this folder. Wait for it, or name another folder."
         ) from None
     except OSError as error:
         raise ConfigError(
@@ -61,8 +63,7 @@ def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
     if not resume:
         raise ConfigError(f"resume=false: {folder} holds a run already. Name another folder, or move this one away.")
     try:
-        held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-        assert isinstance(held, dict)
+        held = read_config(folder)
     except Exception as error:  # whatever a damaged file makes a YAML reader raise
         raise ConfigError(
             f"{folder / CONFIG} cannot be read, so that it is not known which run the folder holds: {error}\n"
@@ -88,6 +89,13 @@ def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictCo
         disk.write(folder / ".hydra" / name, OmegaConf.to_yaml(node))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of the run that the folder holds; a damaged file raises whatever its reader raises."""
+    held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    assert isinstance(held, dict)
+    return {str(key): value for key, value in held.items()}
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The content of result.json, or None."""
     try:
@@ -101,19 +109,32 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     disk.write(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
-def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], error: str) -> None:
-    """Note in a sweep member's folder that it failed before, or without, a word of its own."""
+def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], error: str, details: str = "") -> None:
+    """Note in a sweep member's folder that it failed before, or without, a word of its own.
+
+    A folder that another process is running in, or that holds another run, is left as it is.
+    """
+    if is_held(folder) or (holds_run(folder) and digest(folder) != config.digest(tree)):
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, tree, {"overrides.yaml": OmegaConf.create(list(overrides))})
+    if not holds_run(folder):
+        write_config(folder, tree, {"overrides.yaml": OmegaConf.create(list(overrides))})
     with (folder / "fmexp.log").open("a") as file:
-        file.write(f"{error}\n")
+        file.write(f"{details or error}\n")
     write_result(folder, {**(read_result(folder) or {}), "status": "failed", "objective": None, "error": error})
 
 
 def digest(folder: Path) -> str:
     """The digest of the configuration whose run the folder holds."""
     known = (read_result(folder) or {}).get("config_digest")
-    return known or config.digest(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))  # type: ignore[arg-type]
+    return known or config.digest(read_config(folder))
+
+
+def owner(folder: Path) -> str:
+    """Who holds the folder, in words."""
+    with suppress(OSError, ValueError):
+        return "process {pid} on {host}".format(**json.loads((folder / OWNER).read_text()))
+    return "another process"
 
 
 def is_held(folder: Path) -> bool:

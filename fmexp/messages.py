@@ -29,6 +29,9 @@ def instead_of_tracebacks() -> Iterator[None]:
     os.environ[FULL] = "1"  # so that Hydra raises what it would print in words of its own
     try:
         yield
+    except BrokenPipeError:  # who read what we print, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         sys.stdout.flush()
         print(message(error), f"Set the environment variable {FULL}=1 for the traceback.", sep="\n\n", file=sys.stderr)
@@ -68,7 +71,8 @@ def of_config(error: OmegaConfBaseException) -> str:
     if key == "True":
         return f'{parent}: write "on" in quotes in its YAML file, for YAML reads a bare on as true.'
     names = [name for name in map(str, error.parent_node) if name not in ("_target_", "hydra")]
-    names += [] if parent else ["experiment"]
+    if "dataset" in names:
+        names.append("experiment")  # a group of which nothing remains in the configuration
     below = config.flat(OmegaConf.to_container(error.parent_node, throw_on_missing=False))  # type: ignore[arg-type]
     close = [name for name in below if name.rpartition(".")[2] == key and not name.startswith("hydra.")]
     close = close or difflib.get_close_matches(key, names, n=3)

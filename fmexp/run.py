@@ -249,6 +249,8 @@ class _Execution:
                     events.write_hparams(run.writer, self.output_dir, self.tree)
                     run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{_yaml(self.tree)}```", 0)
                     run.happen("start")
+                else:  # as the last thing before training, so that nothing draws from it in between
+                    randomness.restore(state["random"])
                 try:
                     training.train(run, on_log=self._log, on_epoch=self._epoch, on_step=self._step)
                     run.happen("end")
@@ -350,7 +352,6 @@ class _Execution:
             log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))
         if run.step:
             run.batch = training.latest_batch(run)
-        randomness.restore(state["random"])
 
     def _announce(self, resumed: bool) -> None:
         run = self.run

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from omegaconf import OmegaConf
 from fmexp import config, disk, folder
 
 log = logging.getLogger(__name__)
+
+SHOWN = 100  # how many members the console's table has at most
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,12 @@ class Member:
     seconds: float
     error: str
 
-    @property
-    def number(self) -> int:
-        head = self.folder.name.split("_")[0]
-        return int(head) if head.isdigit() else -1
-
 
 def read(root: str | Path) -> list[Member]:
     """The members of a sweep, in the order of their numbers."""
     root = Path(root)
     members = [_read_member(path) for path in _folders(root)]
-    return sorted(members, key=lambda member: (member.number, member.folder.name))
+    return sorted(members, key=lambda member: _number(member.folder))
 
 
 def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
@@ -87,8 +85,11 @@ def status(path: Path) -> str:
 def by_digest(root: Path) -> dict[str, list[Path]]:
     """The member folders that a sweep's folder holds, by their configuration's digest."""
     found = defaultdict(list)
-    for path in _folders(root):
-        found[folder.digest(path)].append(path)
+    for path in sorted(_folders(root), key=_number):
+        try:
+            found[folder.digest(path)].append(path)
+        except Exception as error:  # whatever a damaged file makes a YAML reader raise
+            log.warning("%s: its configuration cannot be read, so it is left alone: %s", path, error)
     return found
 
 
@@ -105,52 +106,71 @@ def varied_keys(overrides: Iterable[Sequence[str]]) -> list[str]:
 def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Sequence[str], taken: set[Path]) -> Path:
     """A folder for a new member: its number and a slug of the varied overrides, which no other member has.
 
-    The slug has letters that every file system takes, and at most 100 of them.
+    The slug has letters that every file system takes, and at most 100 of them. A folder whose run was killed before
+    it had written its configuration is free again.
     """
     words = (f"{key.split('.')[-1]}-{value}" for key, value in split(overrides).items() if key in varied)
     slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word).strip("-.") for word in words)
     base = f"{number}_{slug}"[:100].rstrip("_-.")
     names = (base if attempt == 1 else f"{base}_{attempt}" for attempt in range(1, sys.maxsize))
-    return next(path for path in (root / name for name in names) if path not in taken and not path.exists())
+    return next(path for path in (root / name for name in names) if path not in taken and _is_free(path))
 
 
-def begin(root: Path, trees: list[dict[str, Any]]) -> None:
-    """Choose HPARAMS' columns for all members, once, at the sweep's root."""
+def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
+    """Choose HPARAMS' columns for all members, those of earlier commands too, once, at the sweep's root."""
     from tensorboard.plugins.hparams import summary_v2 as hp
 
-    rows = [config.hparams(tree) for tree in trees]
+    others = []
+    for path in (path for path in _folders(root) if path not in trees):
+        with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
+            others.append(folder.read_config(path))
+    rows = [config.hparams(tree) for tree in (*trees.values(), *others)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     always = ("dataset", "model", "optimizer", "seed")
     shown = [name for name in names if name in always or len({str(row.get(name)) for row in rows}) > 1]
-    objective, tag = trees[0]["objective"], trees[0]["train"]["tag"]
-    metrics = dict.fromkeys((objective, "test/accuracy", "test/accuracy/best", "test/loss", tag, "seconds"))
-    _write_events(
-        root, [hp.hparams_config_pb([hp.HParam(name) for name in shown], [hp.Metric(tag) for tag in metrics])]
-    )
+    first = next(iter(trees.values()))
+    tags = (first["objective"], "test/accuracy", "test/accuracy/best", "test/loss", first["train"]["tag"], "seconds")
+    metrics = [hp.Metric(tag) for tag in dict.fromkeys(tags)]
+    _write_events(root, [hp.hparams_config_pb([hp.HParam(name) for name in shown], metrics)])
 
 
 class Progress:
     """One line for a sweep: how many members are done, failed and running, and the best so far."""
 
-    def __init__(self, root: Path, total: int, done: int) -> None:
-        self.root, self.total, self.last = root, total, ""
-        self.running: set[Path] = set()
+    def __init__(self, members: Sequence[Path], todo: set[Path], objective: str) -> None:
+        self.total, self.objective, self.last = len(members), objective, ""
+        self.ended_members = [_read_member(path) for path in members if path not in todo]
+        self.left, self.running = set(todo), set[Path]()
 
     def started(self, path: Path) -> None:
         self.running.add(path)
-        self.show()
+        self.say()
 
     def ended(self, path: Path) -> None:
         self.running.discard(path)
-        self.show()
+        self._read(path)
+        self.say()
 
     def show(self) -> None:
-        members = read(self.root)
+        """Say what the folders of members have that other machines execute."""
+        states = {path: status(path) for path in self.left if folder.holds_run(path)}
+        self.running = {path for path, state in states.items() if state == "in flight"}
+        for path, state in states.items():
+            if state in ("completed", "diverged"):
+                self._read(path)
+        self.say()
+
+    def _read(self, path: Path) -> None:
+        if folder.holds_run(path):
+            self.left.discard(path)
+            self.ended_members.append(_read_member(path))
+
+    def say(self) -> None:
+        members = self.ended_members
         done = sum(member.status in ("completed", "diverged") for member in members)
         failed = sum(member.status == "failed" for member in members)
-        running = len(self.running) or sum(member.status == "in flight" for member in members)
-        line = f"sweep: {done} of {self.total} members done, {failed} failed, {running} running"
-        best = [member for member in ranked(members) if not math.isnan(member.objective)]
+        line = f"sweep: {done} of {self.total} members done, {failed} failed, {len(self.running)} running"
+        best = [member for member in ranked(members, self.objective) if not math.isnan(member.objective)]
         if best:
             line += f"; best {best[0].objective:.4f} ({best[0].folder.name})"
         if line != self.last:
@@ -165,12 +185,15 @@ def objective_of(root: Path) -> str:
     return "test/accuracy"
 
 
-def ranked(members: Sequence[Member], objective: str = "test/accuracy") -> list[Member]:
-    """The members, best first: a loss upwards, any other objective downwards, those without one at the end."""
-    sign = 1 if objective.endswith("loss") else -1
-    return sorted(
-        members, key=lambda m: (math.isnan(m.objective), sign * m.objective if m.objective == m.objective else 0)
-    )
+def maximised(objective: str) -> bool:
+    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
+    return objective == "test/accuracy"
+
+
+def ranked(members: Sequence[Member], objective: str) -> list[Member]:
+    """The members, best first, those without an objective at the end."""
+    sign = -1 if maximised(objective) else 1
+    return sorted(members, key=lambda m: (1, 0.0) if math.isnan(m.objective) else (0, sign * m.objective))
 
 
 def table(root: Path, members: Sequence[Member]) -> list[list[str]]:
@@ -198,7 +221,8 @@ def replicates(root: Path, members: Sequence[Member]) -> list[list[str]]:
         return []
     name = objective_of(root)
     rows = [[*varied, "n", f"mean {name}", "spread"]]
-    for keys, values in sorted(groups.items(), key=lambda item: -statistics.mean(item[1])):
+    best_first = sorted(groups.items(), key=lambda item: statistics.mean(item[1]), reverse=maximised(name))
+    for keys, values in best_first:
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
         rows.append([*keys, str(len(values)), f"{statistics.mean(values):.4f}", spread])
     return rows
@@ -225,7 +249,9 @@ def conclude(root: Path) -> str:
     disk.write(root / "sweep.csv", content.getvalue())
     picture = _picture(root, members)
     disk.write(root / "sweep.png", picture)
-    lines = [aligned(rows)]
+    lines = [aligned(rows[: SHOWN + 1])]
+    if len(rows) > SHOWN + 1:
+        lines.append(f"... and {len(rows) - SHOWN - 1} more in sweep.csv")
     if groups := replicates(root, members):
         lines += ["", aligned(groups)]
     written = "\n".join(lines)
@@ -241,7 +267,9 @@ def conclude(root: Path) -> str:
         counts[member.status] += 1
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
     failures = [
-        f"failed: {m.folder.name}: {m.error} (traceback in its fmexp.log)" for m in members if m.status == "failed"
+        f"failed: {member.folder.name}: {(member.error.splitlines() or [''])[0]} (more in its fmexp.log)"
+        for member in members
+        if member.status == "failed"
     ]
     return "\n".join(
         [written, "", *failures, f"{len(members)} members: {said}", f"written to {root} (sweep.csv, sweep.png)"]
@@ -294,7 +322,19 @@ def _as_number(value: str) -> tuple[float, str]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return [path for path in root.glob("*") if (path / folder.CONFIG).is_file()]
+    return [path for path in root.glob("*") if folder.holds_run(path)]
+
+
+def _number(path: Path) -> tuple[int, str]:
+    head = path.name.split("_")[0]
+    return int(head) if head.isdigit() else -1, path.name
+
+
+def _is_free(path: Path) -> bool:
+    if not path.exists():
+        return True
+    left = {folder.LOCK, folder.OWNER, "fmexp.log", ".hydra"}
+    return not folder.holds_run(path) and {entry.name for entry in path.iterdir()} <= left
 
 
 def _read_member(path: Path) -> Member:

@@ -41,7 +41,7 @@ def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor)
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer named by `cfg`, in its fused form where torch has one: the same update in one kernel."""
-    for method in (Optimizer.add_param_group, Optimizer.load_state_dict):
+    for method in (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict):
         # Otherwise they import torch._dynamo, over a second, only to tell it that it is not wanted.
         vars(inspect.unwrap(method)).setdefault("__dynamo_disable", inspect.unwrap(method))
     build = hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")

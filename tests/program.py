@@ -1,4 +1,4 @@
-"""Runs the program as a person does, in a process of its own; or, where the imports would cost too much, in this one."""
+"""Runs the program as a person does, in a process of its own; or, to save the time of importing, in this one."""
 
 import io
 import logging

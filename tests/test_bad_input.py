@@ -58,7 +58,7 @@ class Three(nn.Module):
 
 
 def no_model(*, input_shape, num_classes):
-    return print
+    return [input_shape]
 
 
 def no_dataset():
@@ -94,7 +94,7 @@ COMPOSED = [
     bad("model=lennet", "model/lennet", "Did you mean model=lenet?", "The options of model are ", "lenet, mlp"),
     bad("+stage=mine", "stage/mine", "pr_curves, predictions, projector"),
     bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, momentum, ", "+optimizer.lrr=0.1"),
-    bad("optimizr=adam", "There is no key optimizr. Did you mean optimizer?", "dataset, model, optimizer", "experiment"),
+    bad("optimizr=adam", "There is no key optimizr. Did you mean optimizer?", "dataset, model, opt", "experiment"),
     bad("lr=0.1", "There is no key lr. Did you mean optimizer.lr?"),
     bad("stage.pr_curvs.on=end", "There is no key stage.pr_curvs. Did you mean stage.pr_curves?"),
     bad("optimizer.lr=fast", "optimizer.lr=fast", "could not be converted to Float"),
@@ -137,7 +137,7 @@ BUILT = [
         "dataset synthetic gives images of 1x8x8 and 10 classes"),
     bad("model=three", "model._target_=wrong.Three returns (2, 3)", "(2, 10) are needed",
         "dataset synthetic gives images of 1x28x28 and 10 classes"),
-    bad("model=function", "model._target_=wrong.no_model returned builtin_function_or_method where ", "Module is needed"),
+    bad("model=function", "model._target_=wrong.no_model returned list where ", "Module is needed"),
     bad("dataset=list", "dataset._target_=wrong.no_dataset returned list where fmexp.datasets.Dataset is needed"),
     bad("optimizer=no_optimizer", "optimizer._target_=wrong.no_optimizer returned str where ", "Optimizer is needed"),
     bad("model._target_=nowhere.Net", "model._target_=nowhere.Net cannot be imported", "'nowhere'", NOT_IMPORTED),
@@ -147,9 +147,9 @@ BUILT = [
     bad("logging._target_=nowhere.Writer", "logging._target_=nowhere.Writer cannot be imported", NOT_IMPORTED),
     bad("stage.projector._target_=nowhere.look", "stage.projector._target_=nowhere.look cannot be imported"),
     bad("+stage=nowhere", "stage.mine._target_=wrong.nowhere cannot be imported", NOT_IMPORTED),
-    bad("+stage=unknown", "stage.mine._target_=wrong.stage cannot be built", "argument 'colour'", "arguments are size."),
-    bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size."),
-    bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, momentum"),
+    bad("+stage=unknown", "stage.mine._target_=wrong.stage cannot be built", "argument 'colour'", "arguments are size"),
+    bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size"),
+    bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, mom"),
     bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'"),
     bad("+logging.foo=1", "logging._target_=torch.utils.tensorboard.SummaryWriter cannot be built", "'foo'",
         "flush_secs, filename_suffix"),
@@ -208,11 +208,9 @@ def test_mistake_in_what_is_built(case: Case, own: Path, here: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["optimizer.lrr=0.1", "seed=-1", "model=lennet", "optimizer=broken"])
-def test_full_error_is_the_exception_itself(
-    words: str, own: Path, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_error_is_the_exception_itself(words: str, own: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(Exception, match="lrr|seed=-1|lennet|broken") as raised:
+    with pytest.raises(Exception, match=r"lrr|seed=-1|lennet|broken") as raised:
         call("--config-dir", str(own / "conf"), words, cwd=here)
     assert isinstance(raised.value, FmexpError) == (words == "seed=-1")
     assert_nothing_in(here)
@@ -228,7 +226,9 @@ def test_device_that_is_not_there(here: Path) -> None:
 def test_dataset_neither_on_disk_nor_to_be_downloaded(here: Path, tmp_path: Path, own: Path) -> None:
     root = tmp_path / "no data"
     done = call(f"dataset.root='{root}'", "dataset.download=false", cwd=here)
-    assert_refused(done, (str(root / "FashionMNIST" / "raw"), FILES, "downloading is off", "dataset=synthetic needs no"))
+    assert_refused(
+        done, (str(root / "FashionMNIST" / "raw"), FILES, "downloading is off", "dataset=synthetic needs no")
+    )
     assert_nothing_in(here)
     assert not root.exists()
 
@@ -278,7 +278,6 @@ def test_folders_that_held_something_stay(here: Path) -> None:
         bad("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0.0"),
         bad("train.epochs=2.5", "could not be converted to Integer"),
         bad("dataset.root=none dataset.download=false", "none/FashionMNIST/raw", FILES, "dataset=synthetic needs no"),
-        bad("dataset=synthetic dataset.image_size=8", "not 8x8", "1x8x8 and 10 classes"),
     ],
     ids=str,
 )

@@ -371,13 +371,12 @@ def test_titles_have_the_tutorials_form_green_if_right_and_red_if_wrong(monkeypa
 
 def test_no_figure_goes_through_pyplot() -> None:
     program = (
-        "import sys, tempfile; sys.path.insert(0, sys.argv[1]); from conftest import small; from fmexp import execute\n"
+        "import sys, tempfile; sys.path[:0] = sys.argv[1:]; from conftest import small; from fmexp import execute\n"
         "execute(small('train.max_steps=4'), tempfile.mkdtemp())\n"
         "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(Path(__file__).parent)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(Path(fmexp.__file__).parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-2:] == ["True", "False"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fmexp.evaluate import evaluate
 from fmexp.models import LeNet
 
 SCALARS = ("logging=light", "stage.per_class_accuracy.enabled=false")  # nothing but the training's own points
+
+LEARNS = ("train.epochs=4", "optimizer.lr=0.02", "dataset.train_size=120")
 
 
 def plain_lenet() -> nn.Sequential:
@@ -48,7 +51,7 @@ class Plain:
                     for parameter, speed, gradient in zip(self.model.parameters(), velocity, gradients, strict=True):
                         speed.mul_(momentum).add_(gradient)
                         parameter.sub_(lr * speed)
-                self.losses.append(float(loss))
+                self.losses.append(loss.item())
             with torch.no_grad():
                 logits = self.model(self.pixels(data.test))
             right = (logits.argmax(1) == data.test.labels).double().mean()
@@ -173,7 +176,7 @@ def test_the_running_loss_has_the_tag_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("objective", ["test/accuracy", "test/loss", "train/loss"])
 def test_the_objective_is_the_metrics_last_value(objective: str, tmp_path: Path) -> None:
-    value = execute(small(*SCALARS, f"objective={objective}", "train.epochs=2", "optimizer.lr=0.01"), tmp_path)
+    value = execute(small(*SCALARS, *LEARNS, f"objective={objective}"), tmp_path)
     points = scalars(read_events(tmp_path), objective)
     assert len(points) > 1
     assert points[-1][1] == pytest.approx(value, rel=1e-6)
@@ -186,7 +189,7 @@ def test_the_objective_is_the_metrics_last_value(objective: str, tmp_path: Path)
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run that has learnt something, and the objective that it returned."""
     folder = tmp_path_factory.mktemp("done") / "run"
-    cfg = small(*SCALARS, "train.epochs=4", "optimizer.lr=0.02", "dataset.train_size=120", "seed=5")
+    cfg = small(*SCALARS, *LEARNS, "seed=5")
     return folder, execute(cfg, folder)
 
 
@@ -201,7 +204,7 @@ def test_the_result_says_what_came_of_the_run(done: tuple[Path, float]) -> None:
         assert scalars(events, tag)[-1] == (120, pytest.approx(result["metrics"][tag], rel=1e-6))
     assert result["seconds"] > 0
     assert result["failures"] == {}
-    cfg = small(*SCALARS, "train.epochs=4", "optimizer.lr=0.02", "dataset.train_size=120", "seed=5")
+    cfg = small(*SCALARS, *LEARNS, "seed=5")
     assert result["config_digest"] == config.digest(config.resolved(cfg))
     assert result["versions"]["fmexp"] == fmexp.__version__
     assert result["versions"]["torch"] == torch.__version__.partition("+")[0]
@@ -238,10 +241,9 @@ def test_the_log_tells_the_run(done: tuple[Path, float]) -> None:
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(done: tuple[Path, float], tmp_path: Path) -> None:
     folder, _ = done
-    same = (*SCALARS, "train.epochs=4", "optimizer.lr=0.02", "dataset.train_size=120")
     torch.manual_seed(1234)  # what went before does not matter
-    execute(small(*same, "seed=5"), tmp_path / "same")
-    execute(small(*same, "seed=6"), tmp_path / "other")
+    execute(small(*SCALARS, *LEARNS, "seed=5"), tmp_path / "same")
+    execute(small(*SCALARS, *LEARNS, "seed=6"), tmp_path / "other")
     assert_same_weights(tmp_path / "same", folder)
     ours, theirs, others = (read_events(path) for path in (tmp_path / "same", folder, tmp_path / "other"))
     for tag in ("train/loss", "test/loss", "test/accuracy"):
@@ -268,20 +270,37 @@ def test_a_run_that_diverges_says_where(objective: str, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["objective"]) == ("diverged", None)
     log = (tmp_path / "fmexp.log").read_text()
-    assert f"the run diverged: the loss is nan at step {result['steps']}." in log
+    assert re.search(rf"the run diverged: the loss is (nan|inf) at step {result['steps']}\.", log)
     assert "smaller optimizer.lr" in log
     assert 1 < result["steps"] < 16
     # The step is the first one, as a plain loop finds it, and what came before it is written.
     plain = Plain(seed=0, epochs=1, batch_size=4, lr=1e10, momentum=0.9, train_size=64)
     first = next(step for step, loss in enumerate(plain.losses, 1) if not math.isfinite(loss))
     assert result["steps"] == first
-    assert all(math.isfinite(point) for _, point in scalars_if_any(tmp_path, "train/loss"))
+    assert "train/loss" not in read_events(tmp_path).Tags()["scalars"]  # it was in the first window
     assert not (tmp_path / "model.pt").exists()
 
 
-def scalars_if_any(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = read_events(folder)
-    return scalars(events, tag) if tag in events.Tags()["scalars"] else []
+def test_a_run_that_diverges_later_keeps_the_points_before(tmp_path: Path) -> None:
+    execute(small(*SCALARS, "model._target_=test_train.Bursts"), tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["steps"]) == ("diverged", 10)
+    points = scalars(read_events(tmp_path), "train/loss")
+    assert [step for step, _ in points] == [4, 8]
+    assert all(math.isfinite(value) for _, value in points)
+    assert result["metrics"]["train/loss"] == pytest.approx(points[-1][1])
+
+
+class Bursts(LeNet):
+    """Has an infinite logit in its tenth batch of training."""
+
+    def __init__(self, **known: Any) -> None:
+        super().__init__(**known)
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += self.training
+        return super().forward(x) * (math.inf if self.batches == 10 else 1)
 
 
 def test_the_mean_of_losses_names_the_first_that_is_not_finite() -> None:

@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from reliability_tools import Driver
+
+pytest.register_assert_rewrite("reliability_tools")
+
+from reliability_tools import Driver  # noqa: E402
 
 
 @pytest.fixture(scope="session")

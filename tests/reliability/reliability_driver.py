@@ -1,8 +1,10 @@
 """Starts runs quickly: a process that has imported everything once, and forks a new process for each command line.
 
 Each is a process of its own, which ends in the way that it ends. A request is a line of JSON on stdin,
-{"args": [...], "output": file, "break": null or the arguments of reliability_breaker.install, "cwd": folder,
-"environment": {...}}; the answers are {"pid": ...} and, when it has ended, {"status": as os.waitpid has it}.
+{"args": [...], "cli": bool, "output": file, "break": null or the arguments of reliability_breaker.install,
+"cwd": folder, "environment": {...}}; the answers are {"pid": ...} and, when it has ended, {"status": as os.waitpid has
+it}. Without "cli" the process calls fmexp.execute with a configuration that was composed before, for composing takes
+longer than such a run.
 """
 
 import contextlib
@@ -18,24 +20,34 @@ from typing import Any
 
 import torch
 
+import fmexp
+from fmexp.errors import FmexpError
+
+
+IMPORTED = ("fmexp.cli", "fmexp.run", "fmexp.synthetic", "fmexp.stages", "matplotlib.figure", "torchvision.utils",
+            "PIL.PngImagePlugin", "torch.utils.tensorboard", "reliability_parts", "reliability_breaker")  # fmt: skip
+
 
 def main() -> None:
     torch.set_num_threads(1)
-    for module in ("fmexp.cli", "fmexp.run", "fmexp.synthetic", "matplotlib.figure", "torchvision.utils",
-                   "PIL.PngImagePlugin", "torch.utils.tensorboard", "reliability_parts", "reliability_breaker"):  # fmt: skip
+    for module in IMPORTED:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()
+    composed: dict[tuple[str, ...], Any] = {}
     for number, line in enumerate(sys.stdin):
         request = json.loads(line)
+        words = tuple(arg for arg in request["args"] if not arg.startswith("hydra.run.dir="))
+        if not request["cli"] and words not in composed:
+            composed[words] = fmexp.compose(words)
         pid = os.fork()
         if pid == 0:
-            become(request, number)
+            become(request, number, composed.get(words))
         print(json.dumps({"pid": pid}), flush=True)
         print(json.dumps({"status": os.waitpid(pid, 0)[1]}), flush=True)
 
 
-def become(request: dict[str, Any], number: int) -> None:
+def become(request: dict[str, Any], number: int, cfg: Any) -> None:
     """Be the process that a command line starts: the same input and output, working folder and exit status.
 
     Its clock is two seconds further than that of the one before, so that it need not wait for a new second to begin.
@@ -58,8 +70,16 @@ def become(request: dict[str, Any], number: int) -> None:
         if request["break"] is not None:
             reliability_breaker.install(**request["break"])
         sys.argv = ["python -m fmexp", *request["args"]]
-        fmexp_main()
+        if request["cli"]:
+            fmexp_main()
+        else:
+            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+            fmexp.execute(
+                cfg, next(arg.partition("=")[2] for arg in request["args"] if arg.startswith("hydra.run.dir="))
+            )
         status = 0
+    except FmexpError as error:
+        print(error)
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
     except BaseException:

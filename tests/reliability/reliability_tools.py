@@ -32,8 +32,8 @@ STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", 
 BARE = (*SMALL, "model=mlp", "model.hidden=[16]", *(f"stage.{stage}.enabled=false" for stage in STAGES))
 # Stages that write of every kind of summary before, between and after checkpoints.
 RICH = (*SMALL, "model=lenet", "stage.confusion_matrix.enabled=false", "stage.image_grid.on=log",
-        "stage.projector.on=log", "stage.projector.images=6", "stage.projector.features=fc2", "stage.pr_curves.on=epoch",
-        "stage.predictions.on=end", "stage.predictions.images=2")  # fmt: skip
+        "stage.projector.on=log", "stage.projector.images=6", "stage.projector.features=fc2",
+        "stage.pr_curves.on=epoch", "stage.predictions.on=end", "stage.predictions.images=2")  # fmt: skip
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -67,21 +67,28 @@ class Driver:
         *args: str,
         plan: Sequence[dict[str, Any]] | None = None,
         trace: Path | None = None,
+        cli: bool = False,
         **environ: str,
     ) -> int:
-        """Start a process and return its pid. With a `plan` or a `trace` it is watched by reliability_breaker."""
+        """Start a process and return its pid.
+
+        With a `plan` or a `trace` it is watched by reliability_breaker. With `cli` it goes through the command line,
+        else through fmexp.execute, which is quicker.
+        """
         if self.server is None:
-            self.server = subprocess.Popen(
-                [sys.executable, HERE / "reliability_driver.py"], env=environment(), cwd=self.folder, bufsize=0,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=default_signals,
-            )  # fmt: skip
+            with (self.folder / "driver.txt").open("w") as errors:
+                self.server = subprocess.Popen(
+                    [sys.executable, HERE / "reliability_driver.py"], env=environment(), cwd=self.folder, bufsize=0,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, preexec_fn=default_signals,
+                )  # fmt: skip
         self.number += 1
         self.output = self.folder / f"output{self.number}.txt"
         watched = None
         if plan is not None or trace is not None:
             watched = {"folder": run_dir(args), "plan": list(plan or ()), "trace": str(trace) if trace else None}
         request = {
-            "args": args, "output": str(self.output), "break": watched, "cwd": str(self.folder), "environment": environ,
+            "args": args, "cli": cli, "output": str(self.output), "break": watched, "cwd": str(self.folder),
+            "environment": environ,
         }  # fmt: skip
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps(request).encode() + b"\n")
@@ -114,7 +121,9 @@ class Driver:
             while not line.endswith(b"\n"):
                 if not selector.select(until - time.monotonic()):
                     raise TimeoutError(f"no end after {DEADLINE_S} s: {self.output.read_text()}")
-                line += self.server.stdout.read(1)
+                if not (byte := self.server.stdout.read(1)):
+                    raise RuntimeError(f"the driver ended: {(self.folder / 'driver.txt').read_text()}")
+                line += byte
         return json.loads(line)  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,7 @@ CLASSES = ("along", "across")
 
 
 def stripes(*, count: int, width: int, seed: int = 0) -> Dataset:
-    """Make `count` training images and half as many for the test, uint8 [1, 12, 20], with stripes `width` pixels wide."""
+    """Make `count` training images, and half as many to test, uint8 [1, 12, 20], with stripes `width` pixels wide."""
     generator = torch.Generator().manual_seed(seed)
     return Dataset(
         _split(count, width, generator), _split(count // 2, width, generator), CLASSES, description=f"{count} stripes"

@@ -5,7 +5,7 @@ from fmexp.run import Run
 
 def weight_norm(run: Run, *, tag: str) -> None:
     """Write the length of all weights as one vector."""
-    run.scalar(tag, sum(float(weight.square().sum()) for weight in run.model.parameters()) ** 0.5)
+    run.scalar(tag, sum(float(weight.detach().square().sum()) for weight in run.model.parameters()) ** 0.5)
 
 
 def faulty(run: Run, *, complaint: str | None) -> None:

@@ -1,0 +1,50 @@
+"""A run and a sweep, and TensorBoard on them, for the tests that ask it over HTTP or look at it in a browser."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from server import Server
+
+from fmexp import compose, datasets, execute, sweep
+
+TUTORIAL = (
+    "experiment=tutorial",
+    "dataset=synthetic",
+    "dataset.train_size=400",
+    "dataset.test_size=200",
+    "train.log_every=25",
+    "device=cpu",
+)
+SWEEP = ("dataset=synthetic", "dataset.train_size=200", "dataset.test_size=100", "train.log_every=10", "logging=light")
+
+
+@pytest.fixture(scope="session")
+def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run `tutorial` and the sweep `sweep` of four members."""
+    root = tmp_path_factory.mktemp("logdir")
+    execute(compose(TUTORIAL), root / "tutorial")
+    sweep.start([*SWEEP, "optimizer.lr=0.01,0.001", "optimizer=sgd,adam"], root / "sweep")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tutorial_data() -> datasets.Dataset:
+    return datasets.load(compose(TUTORIAL).dataset)
+
+
+@pytest.fixture(scope="session")
+def members(logdir: Path) -> list[sweep.Member]:
+    return sweep.read(logdir / "sweep")
+
+
+@pytest.fixture(scope="session", params=["fast", "slow"])
+def server(request: pytest.FixtureRequest, logdir: Path, members: list[sweep.Member]) -> Iterator[Server]:
+    """TensorBoard with its fast loader and, again, with its slow one."""
+    running = Server(logdir, fast=request.param == "fast")
+    try:
+        running.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
+        yield running
+    finally:
+        running.process.terminate()
+        running.process.wait()

@@ -1,0 +1,179 @@
+"""What the sweep tests share: starting sweeps as processes, holding them up, and reading what they left."""
+
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parents[1]
+DEADLINE_S = 120
+
+SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "logging=light", "device=cpu",
+         "train.max_steps=8", "train.log_every=4", "model=mlp", "model.hidden=[8]")  # fmt: skip
+# Of 1,000 batches, which take some 200 s while the gate is closed; a checkpoint every five.
+OWN = ("dataset=synthetic", "dataset.train_size=2000", "dataset.test_size=40", "dataset.image_size=8", "logging=light",
+       "device=cpu", "train.batch_size=2", "train.checkpoint_every=5", "train.log_every=500", "model=mlp",
+       "model._target_=sweep_parts.Model", "~model.hidden", "~model.dropout", "+model.tag=a")  # fmt: skip
+GRID = ("optimizer=sgd,adam", "optimizer.lr=0.01,0.001")
+THREADS = ("+stage.threads._target_=sweep_parts.threads", "+stage.threads.on=end", "+stage.threads.required=true")
+
+
+class Sweep:
+    """A sweep as a process, what it prints, and its folder."""
+
+    def __init__(self, root: Path, *words: str, **environ: str) -> None:
+        self.root = root
+        path = os.pathsep.join(map(str, (CHECKOUT, HERE)))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environ}
+        environment.pop("HYDRA_FULL_ERROR", None)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        self.output_file = root.parent / f"{root.name}.{time.monotonic_ns()}.txt"
+        with self.output_file.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fmexp", "--multirun", *words, f"hydra.sweep.dir={root}"],
+                env=environment, cwd=root.parent, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        return self.output_file.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Wait for the end, and return the exit status."""
+        return self.process.wait(DEADLINE_S)
+
+    def end(self) -> "Sweep":
+        """Wait for an end with exit status 0."""
+        assert self.wait() == 0, self.output
+        return self
+
+    def kill(self, *others: int) -> None:
+        """SIGKILL the process, and `others`."""
+        for pid in (self.process.pid, *others):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(DEADLINE_S)
+
+
+def until(condition: Callable[[], Any], what: str, sweep: Sweep | None = None) -> Any:
+    """Wait for a condition to hold, and return what it gave."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}\n{sweep.output if sweep else ''}"
+        time.sleep(0.05)
+    return value
+
+
+class Gate:
+    """Holds models of sweep_parts up from their sixth batch on, until it is opened."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.environ = {"SWEEP_GATE": str(folder)}
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+    def waiting(self) -> dict[str, int]:
+        """Which tags are held up, and in which process."""
+        return {path.name.split(".")[0]: int(path.suffix[1:]) for path in self.folder.glob("*.*")}
+
+    def until_waiting(self, sweep: Sweep, count: int) -> dict[str, int]:
+        found: dict[str, int] = until(
+            lambda: len(self.waiting()) >= count and self.waiting(), f"{count} members at the gate", sweep
+        )
+        return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def result(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+def members(root: Path) -> list[Path]:
+    """The members' folders, by number."""
+    found = [path for path in root.iterdir() if (path / ".hydra").is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("_")[0]))
+
+
+def member(root: Path, end: str) -> Path:
+    (found,) = (path for path in members(root) if path.name.endswith(end))
+    return found
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a folder: when it was changed, and its content."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@contextmanager
+def tensorboard(logdir: Path) -> Iterator[Callable[..., Any]]:
+    """A TensorBoard over a folder; gives the function that asks it: ask(route, body) -> answer."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0",
+               "--reload_interval", "1"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            with selectors.DefaultSelector() as ready:
+                ready.register(process.stderr, selectors.EVENT_READ)
+                address, deadline = None, time.monotonic() + DEADLINE_S
+                while not address:
+                    assert ready.select(deadline - time.monotonic()), "TensorBoard does not say its address"
+                    address = re.search(r"http://[\d.]+:\d+", process.stderr.readline())
+
+            def ask(route: str, body: dict[str, Any] | None = None) -> Any:
+                data = None if body is None else json.dumps(body).encode()
+                request = urllib.request.Request(f"{address[0]}/data/{route}", data)
+                with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+                    return json.load(answer)
+
+            yield ask
+        finally:
+            process.kill()
+
+
+STATUSES = ("STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING")
+
+
+def hparams(ask: Callable[..., Any], rows: int, tag: str = "test/accuracy") -> dict[str, dict[str, Any]]:
+    """HPARAMS' rows, once there are so many, by the name of their run: status, settings and metrics."""
+    columns = [{"metric": {"tag": tag, "group": ""}, "order": "ORDER_DESC"}]
+    body = {"allowedStatuses": STATUSES, "colParams": columns, "startIndex": 0, "sliceSize": 1000}
+
+    def read() -> list[Any]:
+        try:
+            groups = ask("plugin/hparams/session_groups", body)["sessionGroups"]
+        except urllib.error.HTTPError:  # while it reads
+            return []
+        return groups if len(groups) >= rows else []
+
+    found = {}
+    for group in until(read, f"{rows} rows in HPARAMS"):
+        (session,) = group["sessions"]
+        metrics = {m["name"]["tag"]: m["value"] for m in session.get("metricValues", [])}
+        found[session["name"]] = {"status": session["status"], "settings": group["hparams"], "metrics": metrics}
+    return found

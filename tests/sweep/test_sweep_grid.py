@@ -1,0 +1,239 @@
+"""Sweeps that nothing disturbs: folders, table, picture, HPARAMS, dry run, skipping, extending, parallel execution."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import program
+import pytest
+from matplotlib import image
+from sweep_tools import SMALL, THREADS, Sweep, files, hparams, members, result, tensorboard
+
+from fmexp import compose, config, folder, sweep
+from fmexp.launcher import Composer
+
+
+def test_each_member_has_a_folder_with_all_of_its_run(grid: Sweep) -> None:
+    names = ["0_optimizer-sgd_lr-0.01", "1_optimizer-sgd_lr-0.001", "2_optimizer-adam_lr-0.01",
+             "3_optimizer-adam_lr-0.001"]  # fmt: skip
+    assert [path.name for path in members(grid.root)] == names
+    for path, optimizer, lr in zip(members(grid.root), ["SGD", "SGD", "Adam", "Adam"], [0.01, 0.001] * 2, strict=True):
+        held = folder.read_config(path)
+        assert held["optimizer"]["_target_"] == f"torch.optim.{optimizer}"
+        assert held["optimizer"]["lr"] == lr
+        assert result(path)["config_digest"] == config.digest(held)
+        assert {entry.name for entry in path.iterdir()} >= {"fmexp.log", "model.pt", "result.json", ".hydra"}
+        assert len(list(path.glob("events.out.tfevents.*"))) == 1
+        assert not list(path.glob("checkpoint*"))
+    assert (grid.root / "multirun.yaml").is_file()
+
+
+def test_table_is_ranked_and_csv_and_picture_agree_with_it(grid: Sweep) -> None:
+    found = sweep.read(grid.root)
+    assert [m.objective for m in found] == [result(path)["objective"] for path in members(grid.root)]
+    rows = list(csv.reader((grid.root / "sweep.csv").open()))
+    heads = ["optimizer", "optimizer.lr", "train/loss", "test/loss", "test/accuracy", "test/accuracy/best",
+             "status", "seconds", "folder"]  # fmt: skip
+    assert rows[0] == heads
+    accuracies = [float(row[heads.index("test/accuracy")]) for row in rows[1:]]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert {row[-1] for row in rows[1:]} == {m.folder.name for m in found}
+    for row in rows[1:]:
+        written = result(grid.root / row[-1])["metrics"]
+        assert [float(cell) for cell in row[2:6]] == [round(written[name], 4) for name in heads[2:6]]
+    printed = [line.split() for line in grid.output.splitlines()]
+    places = [printed.index(row) for row in rows]
+    assert places == list(range(places[0], places[0] + 5))
+    assert f"tensorboard --logdir {grid.root}" in grid.output
+    pixels = image.imread(grid.root / "sweep.png")
+    assert np.unique(pixels[..., :3].reshape(-1, 3), axis=0).shape[0] > 10
+
+
+def test_losses_are_ranked_upwards(tmp_path: Path) -> None:
+    words = [*SMALL, "objective=test/loss", "optimizer.lr=0.1,0.00001", f"hydra.sweep.dir={tmp_path}/s"]
+    assert program.call("-m", *words, cwd=tmp_path).status == 0
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").open()))
+    assert float(rows[0]["test/loss"]) < float(rows[1]["test/loss"])
+
+
+def test_hparams_has_a_row_a_member_and_all_their_keys(grid: Sweep) -> None:
+    with tensorboard(grid.root) as ask:
+        rows = hparams(ask, 4)
+        columns = ask("plugin/hparams/experiment", {})
+        runs = ask("runs")
+    assert rows.keys() == {path.name for path in members(grid.root)}
+    for path in members(grid.root):
+        row, metrics = rows[path.name], result(path)["metrics"]
+        assert row["status"] == "STATUS_SUCCESS"
+        settings = row["settings"]
+        assert settings["optimizer"] == ("SGD" if "sgd" in path.name else "Adam")
+        assert (settings["dataset"], settings["model"], settings["seed"]) == ("synthetic", "MLP", 0)
+        assert settings["optimizer.lr"] == float(path.name.split("lr-")[1])
+        assert ("optimizer.momentum" in settings) == ("sgd" in path.name)
+        assert ("optimizer.eps" in settings) == ("adam" in path.name)
+        for tag in ("test/accuracy", "test/accuracy/best", "test/loss", "train/loss"):
+            assert row["metrics"][tag] == pytest.approx(metrics[tag])
+        assert row["metrics"]["seconds"] > 0
+    shown = {info["name"] for info in columns["hparamInfos"]}
+    assert shown >= {"dataset", "model", "optimizer", "seed", "optimizer.lr", "optimizer.momentum", "optimizer.eps"}
+    assert not shown & {"dataset.train_size", "train.batch_size", "model.hidden"}  # they do not vary
+    metrics = [info["name"]["tag"] for info in columns["metricInfos"]]
+    assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "seconds"]
+    assert "summary" in runs
+
+
+def test_the_same_command_trains_nothing_twice_and_an_extended_grid_trains_the_new_ones(
+    grid: Sweep, tmp_path: Path
+) -> None:
+    root = tmp_path / "sweep"
+    root.mkdir()
+    for path in members(grid.root):  # a sweep moved elsewhere is the same sweep
+        path.rename(root / path.name)
+    try:
+        before = {path.name: files(path) for path in members(root)}
+        words = [*SMALL, *THREADS, "optimizer=sgd,adam", f"hydra.sweep.dir={root}"]
+        again = program.call("-m", *words, "optimizer.lr=0.01,0.001", cwd=tmp_path)
+        assert again.status == 0
+        assert "(0 to train, 0 to resume, 4 to skip)" in again.out
+        assert {path.name: files(path) for path in members(root)} == before
+
+        planned = program.call("-m", *words, "optimizer.lr=0.1,0.01,0.001", "sweep.dry_run=true", cwd=tmp_path)
+        assert [line.split()[1:4] for line in planned.out.splitlines()[1:7]] == [
+            ["sgd", "0.1", "train"], ["sgd", "0.01", "skip"], ["sgd", "0.001", "skip"],
+            ["adam", "0.1", "train"], ["adam", "0.01", "skip"], ["adam", "0.001", "skip"],
+        ]  # fmt: skip
+
+        extended = program.call("-m", *words, "optimizer.lr=0.1,0.01,0.001", cwd=tmp_path)
+        assert extended.status == 0, extended.out + extended.err
+        assert "(2 to train, 0 to resume, 4 to skip)" in extended.out
+        now = {path.name: files(path) for path in members(root)}
+        new = now.keys() - before.keys()
+        assert new == {"0_optimizer-sgd_lr-0.1", "3_optimizer-adam_lr-0.1"}
+        assert {name: now[name] for name in before} == before
+        assert {result(root / name)["status"] for name in new} == {"complete"}
+        assert {folder.read_config(root / name)["optimizer"]["lr"] for name in new} == {0.1}
+    finally:
+        for name in before:
+            (root / name).rename(grid.root / name)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = program.call("-m", *SMALL, "optimizer.lr=0.1,0.01", "sweep.dry_run=true", cwd=tmp_path)
+    assert done.status == 0
+    assert [line.split() for line in done.out.splitlines()[:3]] == [
+        ["member", "optimizer.lr", "action", "folder"],
+        ["0", "0.1", "train", "0_lr-0.1"],
+        ["1", "0.01", "train", "1_lr-0.01"],
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_member_that_cannot_be_composed_stops_the_sweep_before_it_begins(tmp_path: Path) -> None:
+    done = program.call("-m", *SMALL, "optimizer.lr=0.1,fast", cwd=tmp_path)
+    assert done.status == 1
+    assert "optimizer.lr" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_side_by_side_gives_the_same_bits(grid: Sweep, parallel: Sweep) -> None:
+    assert [path.name for path in members(parallel.root)] == [path.name for path in members(grid.root)]
+    for ours, theirs in zip(members(parallel.root), members(grid.root), strict=True):
+        assert (ours / "model.pt").read_bytes() == (theirs / "model.pt").read_bytes()
+        assert result(ours)["metrics"] == result(theirs)["metrics"]
+    assert "sweep: 4 of 4 members done, 0 failed, 0 running; best " in parallel.output
+
+
+def test_side_by_side_the_members_share_the_cores(grid: Sweep, parallel: Sweep) -> None:
+    noted = [json.loads((path / "noted.json").read_text()) for path in members(parallel.root)]
+    cores = len(os.sched_getaffinity(0))
+    assert {one["threads"] for one in noted} == {max(1, cores // 2)}  # OMP_NUM_THREADS was 8
+    assert len({one["pid"] for one in noted}) == 2
+    assert {json.loads((path / "noted.json").read_text())["pid"] for path in members(grid.root)} == {grid.process.pid}
+
+
+def test_replicates_are_put_together(tmp_path: Path) -> None:
+    words = [*SMALL, "optimizer.lr=0.1,0.001", "seed=1,2,3", f"hydra.sweep.dir={tmp_path}/s"]
+    done = program.call("-m", *words, cwd=tmp_path)
+    assert done.status == 0
+    lines = [line.split() for line in done.out.splitlines()]
+    head = lines.index(["optimizer.lr", "n", "mean", "test/accuracy", "spread"])
+    rows = {row[0]: row[1:] for row in lines[head + 1 : head + 3]}
+    for lr in ("0.1", "0.001"):
+        values = [result(path)["objective"] for path in members(tmp_path / "s") if f"lr-{lr}_" in path.name]
+        assert rows[lr] == ["3", f"{np.mean(values):.4f}", f"{np.std(values, ddof=1):.4f}"]
+
+
+def test_equal_members_and_odd_values_have_folders_of_their_own(tmp_path: Path) -> None:
+    odd = "'pythonic: {a/b}=[1,2] é'"
+    words = [*SMALL, "seed=1,1", f"logging.filename_suffix='','{'x' * 120}'", f"hydra.sweep.dir={tmp_path}/s"]
+    assert program.call("-m", *words, f"logging.comment={odd}", cwd=tmp_path).status == 0
+    found = members(tmp_path / "s")
+    assert len(found) == 4
+    assert all(result(path)["status"] == "complete" for path in found)
+    assert all(len(path.name) <= 110 for path in found)
+    again = program.call("-m", *words, f"logging.comment={odd}", cwd=tmp_path)
+    assert "(0 to train, 0 to resume, 4 to skip)" in again.out
+    assert members(tmp_path / "s") == found
+
+
+def test_a_sweep_that_diverges_is_a_result(tmp_path: Path) -> None:
+    words = [*SMALL, "optimizer.lr=0.01,1e30", f"hydra.sweep.dir={tmp_path}/s"]
+    done = program.call("-m", *words, cwd=tmp_path)
+    assert done.status == 0
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").open()))
+    assert [row["status"] for row in rows] == ["completed", "diverged"]
+    assert "(0 to train, 0 to resume, 2 to skip)" in program.call("-m", *words, cwd=tmp_path).out
+
+
+def test_started_and_read_from_python_and_the_table_again(tmp_path: Path) -> None:
+    found = sweep.start([*SMALL, "optimizer.lr=0.1,0.01"], tmp_path / "it's here")
+    assert [member.overrides["optimizer.lr"] for member in found] == ["0.1", "0.01"]
+    assert [member.status for member in found] == ["completed"] * 2
+    assert found == sweep.read(tmp_path / "it's here")
+    printed = program.run(str(tmp_path / "it's here"), cwd=tmp_path, command=[program.PYTHON[0], "-m", "fmexp.sweep"])
+    assert printed.status == 0
+    assert "2 members: 2 completed" in printed.out
+    assert all(member.folder.name in printed.out for member in found)
+    refused = program.run("nowhere", cwd=tmp_path, command=[program.PYTHON[0], "-m", "fmexp.sweep"])
+    assert refused.status == 1
+    assert "usage" in refused.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimizer.lr=0.5"],
+        ["model=mlp", "model.hidden=[7,8]", "seed=3"],
+        ["optimizer=adam", "+optimizer.extra=1", "train={epochs: 3}", "train.epochs=4"],
+        ["experiment=tutorial", "logging.comment='a b'", "train.max_steps=null"],
+        ["~stage.projector", "stage.predictions.on=end"],
+    ],
+)
+def test_members_are_composed_as_hydra_does(words: list[str]) -> None:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir()), job_name="fmexp"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", ["dataset=synthetic"], RunMode.MULTIRUN)
+        expected = loader.load_sweep_config(master, words)
+        composer = Composer(loader, master)
+        assert composer.compose(["seed=99", *words]) != expected
+        assert composer.compose(words) == expected
+        assert len(composer.bases) == 1
+
+
+@pytest.mark.parametrize("name", ["lr_sweep", "model_comparison"])
+def test_recipes_carry_their_sweep(name: str, tmp_path: Path) -> None:
+    single = compose([f"experiment={name}"])
+    config.check(single)
+    done = program.call("-m", f"experiment={name}", "sweep.dry_run=true", cwd=tmp_path)
+    assert done.status == 0
+    rows = [line.split() for line in done.out.splitlines()[1:-2]]
+    assert len(rows) == {"lr_sweep": 10, "model_comparison": 8}[name]
+    assert len({tuple(row[1:-2]) for row in rows}) == len(rows)
+    fewer = program.call("-m", f"experiment={name}", "seed=5", "sweep.dry_run=true", cwd=tmp_path)
+    assert len(fewer.out.splitlines()) == len(rows) // 2 + 3

@@ -1,0 +1,421 @@
+"""The program as people call it: help without torch, runs and sweeps in folders of their own, own code, going on."""
+
+import json
+import os
+import re
+import shlex
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import SMALL, read_events, scalars, weights, write_idx_splits
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from program import CHECKOUT, OWN_PROJECT, PYTHON, Finished, call, environment, run, start
+from program import finish as finished
+
+from fmexp import cli, compose
+from fmexp.config import conf_dir, resolved
+from fmexp.run import build
+
+SCRIPT = Path(sys.executable).with_name("fmexp")
+QUICK = (*SMALL, "logging=light", "train.max_steps=4")
+RUN_FOLDER = r"runs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-\d{6}"
+COMPLETE = {".hydra", "fmexp.log", "model.pt", "result.json"}  # and events.out.tfevents.*
+
+WITHOUT_TORCH = """
+import importlib.abc
+import sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "tensorboard", "matplotlib"):
+            raise ImportError(f"{name} was asked for")
+
+sys.meta_path.insert(0, Refuse())
+sys.argv[0] = "fmexp"
+from fmexp.cli import main
+main()
+"""
+
+
+def composed(folder: Path) -> DictConfig:
+    """The configuration that a run wrote."""
+    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def result(folder: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+def assert_complete(folder: Path) -> None:
+    """Check that all of a run's files are in its folder, and say that it is complete."""
+    assert {path.name for path in folder.iterdir()} >= COMPLETE
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    assert {path.name for path in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert result(folder)["status"] == "complete"
+    assert not list(folder.glob("checkpoint*"))
+
+
+def members(sweep: Path) -> list[Path]:
+    """The folders of a sweep's members, in the order of their numbers."""
+    return sorted((path.parent for path in sweep.glob("*/.hydra")), key=lambda path: int(path.name.partition("_")[0]))
+
+
+# Help, configuration and completion, at once and without torch
+
+
+def without_torch(*words: str, cwd: Path, **env: str) -> Finished:
+    return run(*words, cwd=cwd, command=(sys.executable, "-c", WITHOUT_TORCH), env=environment(CHECKOUT, **env))
+
+
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    done = without_torch("--help", cwd=tmp_path_factory.mktemp("help"))
+    assert (done.status, done.err) == (0, "")
+    return done.out
+
+
+@pytest.mark.parametrize(
+    "group", sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "stage"))
+)
+def test_help_lists_every_option_of_a_group(group: str, help_text: str) -> None:
+    listed = re.search(rf"^ +{group}  +(.*)$", help_text, re.MULTILINE)
+    assert listed
+    options = re.sub(r" *\([^)]*\)", "", listed[1]).split(", ")
+    assert sorted(options) == sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def test_help_lists_every_stage(help_text: str) -> None:
+    listed = re.search(r"^Stages.*\n +(.*)$", help_text, re.MULTILINE)
+    assert listed
+    assert sorted(listed[1].split(", ")) == sorted(path.stem for path in (conf_dir() / "stage").glob("*.yaml"))
+
+
+def test_help_shows_examples_output_and_every_key_within_100_columns(help_text: str) -> None:
+    assert "python -m fmexp dataset=synthetic" in help_text
+    assert "python -m fmexp -m optimizer.lr=0.1,0.01" in help_text
+    assert "--config-dir" in help_text
+    assert re.search(r"runs/<date>/<time>/.*multirun/<date>/<time>/", help_text)
+    assert "tensorboard --logdir" in help_text
+    assert max(map(len, help_text.splitlines())) <= 100
+    configuration = help_text.partition("(key=value):\n")[2]
+    assert OmegaConf.create(configuration) == OmegaConf.create(OmegaConf.to_yaml(compose()))
+
+
+def test_examples_of_the_help_compose(help_text: str) -> None:
+    lines = [line.partition("python -m fmexp")[2] for line in help_text.splitlines() if "python -m fmexp " in line]
+    examples = [shlex.split(re.split(r" {3,}", line)[0]) for line in lines]
+    own = [words for words in examples if "--config-dir" in words]
+    assert len(examples) >= 5
+    assert own == [["--config-dir", "my_conf", "model=mine"]]  # which nobody has
+    for words in examples:
+        if words not in own:
+            compose([word.partition(",")[0] for word in words if word != "-m"])
+
+
+def test_configuration_is_shown_without_torch(tmp_path: Path) -> None:
+    done = without_torch("--cfg", "job", "optimizer=adam", "optimizer.lr=0.5", cwd=tmp_path)
+    assert (done.status, done.err) == (0, "")
+    expected = compose(["optimizer=adam", "optimizer.lr=0.5"])
+    assert OmegaConf.create(done.out) == OmegaConf.create(OmegaConf.to_yaml(expected))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line", "shown"),
+    [
+        (("--info", "defaults-tree"), "", "schema/optimizer/sgd"),
+        (("--info", "searchpath"), "", str(conf_dir())),
+        (("--hydra-help",), "", "--multirun"),
+        (("--shell-completion", "query=bash"), "fmexp optimizer=ad", "optimizer=adam optimizer=adamw"),
+        (("--shell-completion", "query=bash"), "fmexp stage.pr_curves.num", "stage.pr_curves.num_thresholds="),
+        (("--multirun", "optimizer.lr=0.1,0.2", "sweep.dry_run=true"), "", "0.2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_information_without_torch(words: tuple[str, ...], line: str, shown: str, tmp_path: Path) -> None:
+    done = without_torch(*words, cwd=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert (done.status, done.err) == (0, "")
+    assert shown in done.out
+
+
+def test_torch_is_refused_where_a_run_needs_it(tmp_path: Path) -> None:
+    done = without_torch(*SMALL, cwd=tmp_path)
+    assert done.status == 1
+    assert "torch was asked for" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="needs fmexp installed: pip install -e .")
+def test_same_program_from_checkout_from_elsewhere_and_as_a_script(tmp_path: Path) -> None:
+    bare = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    from_checkout = run("--cfg", "job", cwd=CHECKOUT, env=bare)
+    elsewhere = run("--cfg", "job", cwd=tmp_path)
+    script = run("--cfg", "job", cwd=tmp_path, command=(str(SCRIPT),), env=bare)
+    assert from_checkout.out.startswith("seed: 0\n")
+    assert from_checkout == elsewhere == script == Finished(0, from_checkout.out, "")
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path: Path) -> None:
+    with start("--help", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+
+
+# Runs
+
+
+class SideBySide(NamedTuple):
+    """Two runs that were started at the same time: one into pipes, the other on a terminal."""
+
+    cwd: Path
+    piped: Finished
+    piped_folder: Path
+    screen: str
+    screen_folder: Path
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> SideBySide:
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    cwd = tmp_path_factory.mktemp("side_by_side")
+    command = (str(SCRIPT),) if SCRIPT.is_file() else PYTHON
+    piped = start(*SMALL, "seed=1", cwd=cwd, command=command)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # 24 lines of 80 columns
+    words = [*PYTHON, *SMALL, "seed=2", "logging=light"]
+    on_screen = subprocess.Popen(words, cwd=cwd, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            screen += chunk
+    except OSError:  # so Linux says that the other side is closed
+        pass
+    os.close(ours)
+    assert on_screen.wait() == 0, screen.decode()
+    done = finished(piped)
+    assert done.status == 0, done.err
+    folders = {composed(path.parent).seed: path.parent for path in cwd.glob("runs/*/*/.hydra")}
+    assert sorted(folders) == [1, 2]
+    return SideBySide(cwd, done, folders[1], screen.decode(), folders[2])
+
+
+def test_runs_started_at_once_have_folders_of_their_own(side_by_side: SideBySide) -> None:
+    for folder in (side_by_side.piped_folder, side_by_side.screen_folder):
+        # Microseconds, so that being started in the same second is no matter of luck.
+        assert re.fullmatch(RUN_FOLDER, str(folder.relative_to(side_by_side.cwd)))
+        assert_complete(folder)
+    ours, theirs = weights(side_by_side.piped_folder), weights(side_by_side.screen_folder)
+    assert not torch.equal(ours["fc3.weight"], theirs["fc3.weight"])
+
+
+def test_folder_of_a_run(side_by_side: SideBySide) -> None:
+    folder = side_by_side.piped_folder
+    others = {".lock", "projector_config.pbtxt", "00000"}
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} <= COMPLETE | others
+    assert composed(folder) == OmegaConf.create(resolved(compose([*SMALL, "seed=1"])))
+    assert OmegaConf.load(folder / ".hydra" / "overrides.yaml") == [*SMALL, "seed=1"]
+    assert OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.output_dir == str(folder)
+    assert weights(folder).keys() == {f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc1", "fc2", "fc3")
+                                      for kind in ("weight", "bias")}  # fmt: skip
+    metrics, events = result(folder)["metrics"], read_events(folder)
+    assert isinstance(metrics, dict)
+    assert [step for step, _ in scalars(events, "train/loss")] == [4, 8, 12, 16]
+    assert scalars(events, "test/accuracy") == [(16, pytest.approx(metrics["test/accuracy"]))]
+    assert result(folder)["objective"] == metrics["test/accuracy"]
+
+
+def test_last_lines_name_accuracy_folder_and_tensorboard(side_by_side: SideBySide) -> None:
+    accuracy, where, command = side_by_side.piped.out.splitlines()[-3:]
+    assert accuracy.startswith(f"test accuracy {result(side_by_side.piped_folder)['objective']:.4f}, test loss ")
+    assert where == f"written to {side_by_side.piped_folder.relative_to(side_by_side.cwd)}; see it with"
+    assert command == "  tensorboard --logdir runs"
+
+
+def test_log_file_has_what_the_console_had(side_by_side: SideBySide) -> None:
+    logged = (side_by_side.piped_folder / "fmexp.log").read_text()
+    lines = re.sub(r"^\[[^]]*\]\[fmexp[\w.]*\]\[INFO\] ", "", logged, flags=re.MULTILINE)
+    assert lines == side_by_side.piped.out
+    assert "step 16: train/loss " in lines
+
+
+def test_progress_bar_on_a_terminal_and_log_lines_elsewhere(side_by_side: SideBySide) -> None:
+    assert "0/16 [" in side_by_side.screen
+    for line in side_by_side.screen.splitlines():  # at each \r, too: the bar is removed before a line is written
+        assert not ("0/16 [" in line and "train/loss" in line), line
+    assert side_by_side.piped.err == ""
+    assert "\r" not in side_by_side.piped.out
+    assert "/16 [" not in side_by_side.piped.out
+
+
+def test_data_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_idx_splits(tmp_path / "my data", "FashionMNIST")
+    monkeypatch.setenv("FMEXP_DATA", str(tmp_path / "my data"))
+    done = call("logging=light", "device=cpu", "dataset.download=false", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "24 training + 12 test images of 1x28x28, 10 classes" in done.out
+    (folder,) = (path.parent for path in tmp_path.glob("runs/*/*/result.json"))
+    assert composed(folder).dataset.root == str(tmp_path / "my data")
+    assert result(folder)["steps"] == 6
+    assert compose(["dataset.root=elsewhere"]).dataset.root == "elsewhere"
+
+
+def test_any_other_optimizer_of_torch() -> None:
+    words = ("optimizer=custom", "optimizer._target_=torch.optim.Adagrad", "optimizer.lr=0.5")
+    optimizer = build(compose([*SMALL, *words, "+optimizer.lr_decay=0.1"])).optimizer
+    assert type(optimizer) is torch.optim.Adagrad
+    assert (optimizer.defaults["lr"], optimizer.defaults["lr_decay"]) == (0.5, 0.1)
+
+
+def test_model_dataset_and_stage_of_another_project(tmp_path: Path) -> None:
+    words = ("model=roughness", "dataset=stripes", "+stage=weight_norm", "optimizer.lr=0.1", "train.epochs=2")
+    own = ("--config-dir", str(OWN_PROJECT / "conf"), "device=cpu", "hydra.run.dir=out")
+    done = run(*own, *words, cwd=tmp_path, env=environment(CHECKOUT, OWN_PROJECT))
+    assert done.status == 0, done.err
+    folder = tmp_path / "out"
+    assert_complete(folder)
+    assert weights(folder).keys() == {"judge.weight", "judge.bias"}
+    assert result(folder)["objective"] == 1.0
+    assert "60 stripes" in done.out
+    events = read_events(folder)
+    assert {"along", "across"} <= set(events.Tags()["tensors"])
+    norm = torch.cat([tensor.flatten() for tensor in weights(folder).values()]).norm()
+    assert [step for step, _ in scalars(events, "weights/norm")] == [15, 30]
+    assert scalars(events, "weights/norm")[-1][1] == pytest.approx(float(norm))
+
+
+# Sweeps
+
+
+def test_sweep_over_two_keys(tmp_path: Path) -> None:
+    done = run("--multirun", "optimizer.lr=0.1,0.2", "optimizer=sgd,adam", *QUICK, cwd=tmp_path)
+    assert done.status == 0, done.err
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    folders = members(sweep)
+    assert [path.name.partition("_")[0] for path in folders] == ["0", "1", "2", "3"]
+    found = []
+    for folder in folders:
+        assert_complete(folder)
+        cfg = composed(folder)
+        found.append((cfg.optimizer._target_.rpartition(".")[2].lower(), cfg.optimizer.lr))
+        overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        assert {f"optimizer={found[-1][0]}", f"optimizer.lr={found[-1][1]}", *QUICK} == set(overrides)
+        assert [step for step, _ in scalars(read_events(folder), "train/loss")] == [4]
+        logged = (folder / "fmexp.log").read_text()
+        assert f"optimizer  {cfg.optimizer._target_.rpartition('.')[2]}, lr {cfg.optimizer.lr}" in logged
+        assert str(cfg.optimizer.lr) in folder.name
+        assert found[-1][0] in folder.name
+    assert sorted(found) == [("adam", 0.1), ("adam", 0.2), ("sgd", 0.1), ("sgd", 0.2)]
+    first = [weights(folder)["conv1.weight"].numpy().tobytes() for folder in folders]
+    assert len(set(first)) == 4
+    assert "tensorboard --logdir" in done.out.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
+ODD_VALUES = (
+    "a/b",
+    "a b",
+    "a=b",
+    "a,b",
+    "../up",
+    "größe",
+    "it's",
+    'say "so"',
+    "x" * 299 + "1",
+    "x" * 299 + "2",
+)
+
+
+def test_sweep_over_odd_values(tmp_path: Path) -> None:
+    words = f"train.tag={','.join(cli.quoted(value) for value in ODD_VALUES)}"
+    done = call("--multirun", *QUICK, words, cwd=tmp_path)
+    assert done.status == 0, done.err
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    folders = members(sweep)
+    assert [composed(folder).train.tag for folder in folders] == list(ODD_VALUES)
+    assert {path.parent.parent for path in sweep.rglob("result.json")} == {sweep}
+    for folder, value in zip(folders, ODD_VALUES, strict=True):
+        assert len(os.fsencode(folder.name)) <= 255
+        assert_complete(folder)
+        assert [step for step, _ in scalars(read_events(folder), value)] == [4]
+        parser = OverridesParser.create()
+        overrides = parser.parse_overrides(list(OmegaConf.load(folder / ".hydra" / "overrides.yaml")))
+        assert {parsed.key_or_group: parsed.value() for parsed in overrides}["train.tag"] == value
+
+
+def test_failing_members_harm_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(OWN_PROJECT)
+    words = ("--config-dir", str(OWN_PROJECT / "conf"), "--multirun", *QUICK, "+stage=faulty")
+    done = call(*words, "stage.faulty.complaint=boom,null", "dataset.image_size=8,28", cwd=tmp_path)
+    assert done.status == 1
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    states, logs = {}, {}
+    for folder in members(sweep):
+        cfg = composed(folder)
+        key = cfg.stage.faulty.complaint, cfg.dataset.image_size
+        states[key], logs[key] = result(folder)["status"], (folder / "fmexp.log").read_text()
+    assert states == {("boom", 8): "failed", ("boom", 28): "failed", (None, 8): "failed", (None, 28): "complete"}
+    assert "Traceback (most recent call last)" in logs["boom", 28]
+    assert logs["boom", 28].rstrip().endswith("ValueError: boom")
+    for key, text in logs.items():
+        assert ("boom" in text) == (key == ("boom", 28)), key
+        assert ("LeNet needs images of at least 16x16" in text) == (key[1] == 8), key
+    assert "Traceback" not in done.err
+    assert len(done.err.splitlines()) <= 12
+
+
+# Going on
+
+FOLDERS = ("plain", "with space", "a=b", "a,b", "it's", 'say "so"', "$HOME", "back\\slash", "tail\\", "größe", "[1]{2}",
+           "(3)", "a:b", "#1", "~x", "100%", "it\\'s", " edges ")  # fmt: skip
+
+
+def folder_in(command: str, key: str) -> object:
+    """The folder that a shell and then Hydra take a command to name."""
+    (word,) = (word for word in shlex.split(command) if word.startswith(f"{key}="))
+    value = OverridesParser.create().parse_override(word).value()
+    return OmegaConf.create({"seed": 0, "folder": value}).folder
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_command_to_go_on_names_the_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("/somewhere") / name / "run"
+    monkeypatch.setattr(sys, "argv", ["/bin/fmexp", "seed=1", "hydra.run.dir='old one'", "train.tag='a b'"])
+    command = cli.resume_command(folder, single=True)
+    assert folder_in(command, "hydra.run.dir") == str(folder)
+    assert shlex.split(command)[:-1] == ["fmexp", "seed=1", "train.tag='a b'"]
+    monkeypatch.setattr(sys, "argv", ["/package/fmexp/__main__.py", "-m", "seed=1,2"])
+    command = cli.resume_command(folder, single=False)
+    assert folder_in(command, "hydra.sweep.dir") == str(folder.parent)
+    assert shlex.split(command)[:-1] == ["python", "-m", "fmexp", "-m", "seed=1,2"]
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path) -> Path:
+    return tmp_path / "it's, at=last" / "größe = 3"
+
+
+def test_run_in_an_oddly_named_folder_and_once_more(odd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd_folder.parent.mkdir()
+    monkeypatch.setattr(sys, "argv", ["fmexp", *QUICK])
+    words = shlex.split(cli.resume_command(odd_folder, single=True))[1:]
+    done = call(*words, cwd=odd_folder.parent)
+    assert done.status == 0, done.err
+    assert [path.name for path in odd_folder.parent.iterdir()] == [odd_folder.name]
+    assert_complete(odd_folder)
+    before = (odd_folder / "result.json").read_bytes()
+    again = call(*words, cwd=odd_folder.parent)
+    assert again.status == 0, again.err
+    assert "complete already; nothing is trained" in again.out
+    assert (odd_folder / "result.json").read_bytes() == before

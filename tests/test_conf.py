@@ -1,0 +1,297 @@
+"""conf/: every file of every group composes, says what it is, and trains; schemas, functions and help agree with it."""
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import read_events, scalars, small, write_cifar10, write_idx_splits
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from torch.utils.tensorboard import SummaryWriter
+
+from fmexp import compose, config, datasets, execute
+from fmexp.config import SCHEMAS, Config, Moment, conf_dir
+
+FILES = sorted(conf_dir().rglob("*.yaml"))
+GROUPS: dict[str, list[str]] = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in sorted(conf_dir().iterdir())
+    if folder.is_dir() and folder.name != "hydra"
+}
+# Of these one chooses one option; of the stages one has any number, and a recipe is added to all of it.
+OPTIONS = [(group, name) for group, names in GROUPS.items() if group not in ("stage", "experiment") for name in names]
+# What a function is given by the run and not by YAML.
+GIVEN = {"model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"}}
+OF_EVERY_STAGE = {"enabled", "on", "required"}
+
+
+def raw(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
+
+
+def plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+
+
+def smallest(cfg: DictConfig) -> DictConfig:
+    """Two batches, no network, the processor, and every stage's failure the run's."""
+    cfg.device, cfg.train.max_steps, cfg.train.batch_size = "cpu", 2, 4
+    for key, value in {"download": False, "train_size": 24, "test_size": 12}.items():
+        if key in cfg.dataset:
+            cfg.dataset[key] = value
+    for stage in cfg.stage.values():
+        stage.required = True
+    return cfg
+
+
+@pytest.fixture
+def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with some images in the format of each dataset that would be downloaded, where FMEXP_DATA says."""
+    root = tmp_path / "data"
+    for name in ("FashionMNIST", "MNIST", "KMNIST"):
+        write_idx_splits(root, name)
+    write_cifar10(root, monkeypatch)
+    monkeypatch.setenv("FMEXP_DATA", str(root))
+
+
+def assert_two_batches(folder: Path, tag: str) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["steps"], result["failures"]) == ("complete", 2, {})
+    points = scalars(read_events(folder), tag)
+    assert points[-1] == (2, pytest.approx(result["metrics"][tag]))
+
+
+# Every file
+
+
+def test_there_is_something_to_walk() -> None:
+    assert {"dataset", "model", "optimizer", "logging", "stage", "experiment"} <= GROUPS.keys()
+    assert len(OPTIONS) >= 15
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(conf_dir())))
+def test_every_file_says_first_what_it_is(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    first = lines[1] if lines[0].startswith("# @package") else lines[0]
+    sentence = re.fullmatch(r"# (\S.*[\w)]\.)", first)
+    assert sentence, f"{path}: {first!r} is no sentence"
+    assert len(sentence[1].split()) >= 4
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+@pytest.mark.usefixtures("tiny_data")
+def test_every_option_trains_with_all_defaults(group: str, name: str, tmp_path: Path) -> None:
+    cfg = smallest(compose([f"{group}={name}"]))
+    written = raw(conf_dir() / group / f"{name}.yaml")
+    if "_target_" in written:
+        assert cfg[group]._target_ == written["_target_"]
+    execute(cfg, tmp_path / "run")
+    assert_two_batches(tmp_path / "run", "train/loss")
+    kept = OmegaConf.load(tmp_path / "run" / ".hydra" / "config.yaml")
+    assert kept[group] == plain(cfg)[group]
+
+
+@pytest.mark.parametrize("name", GROUPS["experiment"])
+@pytest.mark.usefixtures("tiny_data")
+def test_every_recipe_trains_and_its_values_win_but_for_the_command_line(name: str, tmp_path: Path) -> None:
+    cfg = smallest(compose([f"experiment={name}", "optimizer.lr=0.0123"]))
+    assert cfg.optimizer.lr == 0.0123
+    composed = config.flat(plain(compose([f"experiment={name}"])))
+    written = raw(conf_dir() / "experiment" / f"{name}.yaml")
+    for entry in written.pop("defaults", []):
+        for group, option in entry.items():  # override /model: mlp
+            chosen = raw(conf_dir() / group.removeprefix("override /") / f"{option}.yaml")
+            if "hydra" not in group and "_target_" in chosen:
+                assert composed[f"{group.removeprefix('override /')}._target_"] == chosen["_target_"]
+    for key in written.pop("hydra", {}).get("sweeper", {}).get("params", {}):
+        assert key in composed or key in GROUPS, f"{key}, which the recipe sweeps, is not there"
+    for key, value in config.flat(written).items():
+        assert composed[key] == value, key
+    execute(cfg, tmp_path / "run")
+    assert_two_batches(tmp_path / "run", cfg.train.tag)
+
+
+@pytest.mark.parametrize("name", GROUPS["experiment"])
+def test_every_recipe_states_its_command(name: str) -> None:
+    text = (conf_dir() / "experiment" / f"{name}.yaml").read_text()
+    assert re.search(rf"^#\s+python -m fmexp\b.* experiment={name}\b", text, re.MULTILINE)
+
+
+def test_the_tutorials_recipe_has_the_tutorials_settings() -> None:
+    cfg = compose(["experiment=tutorial"])
+    assert (cfg.optimizer._target_, cfg.optimizer.lr, cfg.optimizer.momentum) == ("torch.optim.SGD", 0.001, 0.9)
+    assert (cfg.train.epochs, cfg.train.batch_size, cfg.train.log_every) == (1, 4, 1000)
+    tags = (cfg.train.tag, cfg.stage.image_grid.tag, cfg.stage.predictions.tag, cfg.stage.pr_curves.tag)
+    assert tags == ("training loss", "four_fashion_mnist_images", "predictions vs. actuals", "{class}")
+    assert (cfg.stage.image_grid.images, cfg.stage.projector.images, cfg.stage.predictions.images) == (4, 100, 4)
+
+
+def test_every_stage_is_in_the_default_configuration() -> None:
+    assert sorted(compose().stage) == GROUPS["stage"]
+    for name in GROUPS["stage"]:
+        assert list(raw(conf_dir() / "stage" / f"{name}.yaml")) == ["defaults", name]
+
+
+# Schemas
+
+
+def composed(group: str, name: str) -> DictConfig:
+    """The node that an option gives."""
+    node: DictConfig = compose().stage[name] if group == "stage" else compose([f"{group}={name}"])[group]
+    return node
+
+
+WITH_TARGET = [*OPTIONS, *(("stage", name) for name in GROUPS["stage"])]
+
+
+@pytest.mark.parametrize(("group", "name"), WITH_TARGET)
+def test_an_options_keys_are_its_schemas_and_its_functions(group: str, name: str) -> None:
+    node = composed(group, name)
+    schema = OmegaConf.get_type(node)
+    assert schema in SCHEMAS[group].values()
+    assert dataclasses.is_dataclass(schema)
+    keys = {field.name for field in dataclasses.fields(schema)}
+    assert keys == set(node)
+    assert not OmegaConf.missing_keys(node)
+    parameters = inspect.signature(get_object(node._target_)).parameters
+    arguments = keys - {"_target_"} - (OF_EVERY_STAGE if group == "stage" else set())
+    if group == "optimizer":  # torch's have more, for the machine and not for the method
+        assert arguments < parameters.keys()
+    else:
+        assert arguments == parameters.keys() - GIVEN.get(group, set())
+    # What the YAML file does not set, the schema sets as the function would.
+    path = conf_dir() / group / f"{name}.yaml"
+    written = raw(path)[name] if group == "stage" else raw(path)
+    for key in arguments - written.keys():
+        default, value = parameters[key].default, plain(node)[key]
+        if default is not inspect.Parameter.empty and name != "light":
+            assert value == (list(default) if isinstance(default, tuple) else default), key
+
+
+@pytest.mark.parametrize(("group", "name"), WITH_TARGET)
+def test_a_key_that_does_not_exist_is_refused(group: str, name: str) -> None:
+    key = f"stage.{name}" if group == "stage" else group
+    choice = [] if group == "stage" else [f"{group}={name}"]
+    with pytest.raises(Exception, match="unheard_of"):
+        compose([*choice, f"{key}.unheard_of=1"])
+
+
+def test_every_schema_is_used() -> None:
+    used = {
+        group: {OmegaConf.get_type(composed(group, name)) for of, name in WITH_TARGET if of == group}
+        for group in SCHEMAS
+    }
+    assert used == {group: set(schemas.values()) for group, schemas in SCHEMAS.items()}
+
+
+def test_the_configurations_dataclass_and_its_yaml_agree() -> None:
+    defaults = plain(OmegaConf.structured(Config(dataset=None, model=None, optimizer=None, logging=None)))
+    written = raw(conf_dir() / "config.yaml")
+    groups = {"dataset", "model", "optimizer", "logging", "stage"}
+    assert defaults.keys() - groups == written.keys() - {"defaults", "hydra"}
+    for key in defaults.keys() - groups:
+        assert written[key] == defaults[key], key
+
+
+def test_the_moments_are_those_that_files_and_help_name() -> None:
+    assert [moment.value for moment in Moment] == ["start", "log", "epoch", "end"]
+    assert "on=start|log|epoch|end" in raw(conf_dir() / "hydra" / "help" / "fmexp.yaml")["template"]
+
+
+# Help
+
+
+def named_in_help(group: str) -> list[str]:
+    """The options that --help lists for a group."""
+    template = raw(conf_dir() / "hydra" / "help" / "fmexp.yaml")["template"]
+    (line,) = re.findall(rf"^ +{group}  +(.*)$", template, re.MULTILINE)
+    return sorted(re.sub(r" \(.*?\)", "", line).split(", "))
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "stage"])
+def test_help_lists_the_options_that_there_are(group: str) -> None:
+    assert named_in_help(group) == GROUPS[group]
+
+
+def test_help_marks_the_defaults_and_lists_the_stages() -> None:
+    template = raw(conf_dir() / "hydra" / "help" / "fmexp.yaml")["template"]
+    chosen = {key: value for entry in raw(conf_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
+              for key, value in entry.items() if key in GROUPS and value}  # fmt: skip
+    assert chosen == {"dataset": "fashion_mnist", "model": "lenet", "optimizer": "sgd", "logging": "tensorboard"}
+    for group, name in chosen.items():
+        assert re.search(rf"^ +{group} .*\b{name} \(default\)", template, re.MULTILINE)
+    (stages,) = re.findall(r"^Stages, .*:\n +(.*)$", template, re.MULTILINE)
+    assert sorted(stages.split(", ")) == GROUPS["stage"]
+
+
+# Logging
+
+
+class Recorder(SummaryWriter):
+    """Keeps the arguments that it was made with."""
+
+    arguments: dict[str, Any]
+
+    def __init__(self, **arguments: Any) -> None:
+        Recorder.arguments = arguments
+        super().__init__(**arguments)
+
+
+def session_starts(folder: Path) -> list[int]:
+    """The steps of the marks by which a SummaryWriter tells TensorBoard what to forget."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    events = [Event.FromString(record) for record in RawEventFileLoader(str(path)).Load()]
+    return [event.step for event in events if event.HasField("session_log")]
+
+
+def test_logging_arguments_reach_the_summary_writer(tmp_path: Path) -> None:
+    cfg = small(
+        "logging._target_=test_conf.Recorder", "logging.max_queue=3", "logging.flush_secs=77",
+        "logging.filename_suffix=.mine", "logging.purge_step=5", "train.max_steps=2",
+    )  # fmt: skip
+    execute(cfg, tmp_path / "run")
+    folder = tmp_path / "run"
+    assert Path(Recorder.arguments.pop("log_dir")) == folder
+    expected = {"max_queue": 3, "flush_secs": 77, "filename_suffix": ".mine", "purge_step": 5, "comment": ""}
+    assert Recorder.arguments == expected
+    assert all(path.name.endswith(".mine") for path in folder.glob("events*"))
+    assert session_starts(folder) == [5]
+
+
+def test_a_new_run_tells_tensorboard_to_forget_whatever_was_there(tmp_path: Path) -> None:
+    execute(small("train.max_steps=2", "logging=light"), tmp_path)
+    assert session_starts(tmp_path) == [0]
+
+
+def test_light_logging_leaves_scalars_alone(tmp_path: Path) -> None:
+    execute(small("train.max_steps=4", "logging=light"), tmp_path)
+    tags = read_events(tmp_path).Tags()
+    assert {"train/loss", "test/loss", "test/accuracy", "per_class_accuracy/Bag"} <= set(tags["scalars"])
+    assert (tags["images"], tags["graph"]) == ([], False)
+    assert not {"images", *datasets.GARMENTS} & set(tags["tensors"])
+    assert not list(tmp_path.rglob("*.tsv"))
+
+
+def test_the_comment_is_part_of_a_runs_folder(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "fmexp", "dataset=synthetic", "dataset.train_size=8", "dataset.test_size=8",
+        "device=cpu", "logging=light", "logging.comment=_a-note",
+    ]  # fmt: skip
+    path = os.pathsep.join([str(conf_dir().parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)
+    (result,) = tmp_path.glob("runs/*/*/result.json")
+    assert re.fullmatch(r"\d\d-\d\d-\d\d-\d{6}_a-note", result.parent.name)
+    assert json.loads(result.read_text())["steps"] == 2
+    assert torch.load(result.parent / "model.pt", weights_only=True)
