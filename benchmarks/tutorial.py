@@ -1,4 +1,4 @@
-"""What fmexp is measured against: the work of PyTorch's TensorBoard tutorial in one plain script, as one would write it.
+"""What fmexp is measured against: the work of PyTorch's TensorBoard tutorial in a plain script.
 
     python benchmarks/tutorial.py <folder with FashionMNIST/raw unpacked> <folder for the events> [batches]
 

@@ -17,6 +17,8 @@ from fmexp.errors import ConfigError
 SMALL_CONVOLUTION = 1_000_000
 # Below this many multiplications a batch, a second thread costs more than it saves.
 SMALL_BATCH = 10_000_000
+# From so many small batches on, compiling the step costs less than it saves.
+MANY_BATCHES = 100_000
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Backend:
     onednn: bool
     torch: str
     processor: str
+    compiled: bool = False
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -46,9 +49,11 @@ class Backend:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
 
     def __str__(self) -> str:
+        compiled = ", compiled" * self.compiled
         if self.device != "cpu":
-            return self.device
-        return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {'oneDNN' if self.onednn else 'native'} kernels"
+            return self.device + compiled
+        kernels = "oneDNN" if self.onednn else "native"
+        return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {kernels} kernels{compiled}"
 
     def changed(self, recorded: dict[str, object]) -> list[str]:
         """What is not as a checkpoint recorded it, as "name: recorded, now this"."""
@@ -74,18 +79,27 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def choose(model: nn.Module, images: Tensor, batch_size: int) -> Backend:
-    """The backend for batches of `batch_size` images like `images` [B, C, H, W], which stand on the device."""
+def choose(
+    model: nn.Module, images: Tensor, batch_size: int, *, compiled: bool | str = False, steps: int = 0
+) -> Backend:
+    """The backend for batches of `batch_size` images like `images` [B, C, H, W], which stand on the device.
+
+    Args:
+        compiled: whether to compile the training step; "auto" where `steps` batches pay for it.
+    """
     convolutions, linear = _multiplications(model, images)
     scale = batch_size / len(images)
     small = bool(convolutions) and scale * sum(convolutions) / len(convolutions) < SMALL_CONVOLUTION
     one_thread = scale * (sum(convolutions) + linear) < SMALL_BATCH
+    if compiled == "auto":
+        compiled = images.device.type == "cpu" and one_thread and steps >= MANY_BATCHES
     return Backend(
         device=torch.cuda.get_device_name(images.device) if images.is_cuda else images.device.type,
         threads=1 if one_thread else torch.get_num_threads(),
         onednn=torch._C._get_mkldnn_enabled() and not small,
         torch=str(torch.__version__),
         processor=torch.backends.cpu.get_cpu_capability(),
+        compiled=bool(compiled),
     )
 
 

@@ -13,7 +13,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fmexp import config, folder, launcher, messages, sweep
 from fmexp.config import conf_dir, resolved
@@ -59,8 +58,11 @@ def run(cfg: DictConfig) -> float:
 
 def beside_the_bar() -> AbstractContextManager[None]:
     """On a terminal, write log lines above the progress bar and not into it."""
-    shown = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
-    return logging_redirect_tqdm() if shown else nullcontext()
+    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
+        return nullcontext()
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    return logging_redirect_tqdm()
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ def limited(default: Any, **limits: Any) -> Any:
 
 
 def listed(*default: Any) -> Any:
+    """A field that is a list."""
     return field(default_factory=lambda: list(default))
 
 
@@ -58,6 +59,7 @@ class Train:
     log_every: int = limited(1000, least=1)
     max_steps: int | None = limited(None, least=1)
     num_workers: int = limited(2, least=0)
+    compile: Any = limited("auto", one_of=("auto", True, False))
     checkpoint_every: int | None = limited(None, least=1)
     tag: str = "train/loss"
 
@@ -307,7 +309,7 @@ def _outside(value: Any, limits: dict[str, Any]) -> str | None:
         if isinstance(one, float) and not math.isfinite(one):
             return "must be a finite number"
         if "one_of" in limits and one not in limits["one_of"]:
-            return f"must be one of {', '.join(limits['one_of'])}"
+            return f"must be one of {', '.join(str(one).lower() for one in limits['one_of'])}"
         for word, holds in _LIMITS.items():
             if word in limits and not holds(one, limits[word]):
                 return f"must be {'at ' if word in ('least', 'most') else ''}{word} {limits[word]}"

@@ -244,7 +244,8 @@ def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: 
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(labels):
             raise DataError(
                 f"{folder}: {image_file.name} has shape {list(images.shape)} and "
-                f"{label_file.name} {list(labels.shape)}; expected [N, height, width] and [N]. Delete both and run again to download them anew."
+                f"{label_file.name} {list(labels.shape)}; expected [N, height, width] and [N]. "
+                "Delete both and run again to download them anew."
             )
         if int(labels.max()) >= len(classes):
             raise DataError(

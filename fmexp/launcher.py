@@ -151,7 +151,7 @@ class Launcher(HydraLauncher):
             action = "skip" if finished else "resume" if mine else "train"
             with open_dict(cfg):
                 cfg.hydra.job.id = cfg.hydra.job.num = number
-                cfg.hydra.sweep.subdir = path.name
+                cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(root), path.name
             members.append(Member(number, list(overrides), cfg, path, action))
         return members
 

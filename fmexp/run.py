@@ -162,7 +162,8 @@ def build(cfg: DictConfig) -> Run:
         images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
     with looking(model, cfg.seed):
         _check_model(cfg.model, model, images[:2], classes, given)
-        how = backend.choose(model, images[:2], cfg.train.batch_size)
+        steps = training.total_steps(cfg, dataset)
+        how = backend.choose(model, images[:2], cfg.train.batch_size, compiled=cfg.train.compile, steps=steps)
     try:
         optimizer = training.build_optimizer(cfg.optimizer, model)
     except Exception as error:
@@ -227,12 +228,14 @@ class _Execution:
         self.resume_command = resume_command
         self.started = time.monotonic()
         self.saved, self.cost = self.started, 0.05  # when the last checkpoint was written, and the seconds that it took
+        self.checkpoint_every = run.cfg.train.checkpoint_every  # here, for OmegaConf takes its time at every step
         self.read_back = True  # whether the next checkpoint is the first of this process
 
     def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
         """Go on from a checkpoint's state, or begin; return the objective."""
         run = self.run
         begun = state or folder.holds_run(self.output_dir)
+        disk.clear((self.output_dir / folder.CONFIG).parent)
         folder.write_config(self.output_dir, self.tree, hydra_files)
         (self.output_dir / folder.RESULT).unlink(missing_ok=True)
         if begun:  # else what stands here is not ours
@@ -303,7 +306,7 @@ class _Execution:
         run.happen("epoch")
 
     def _step(self) -> None:
-        run, every = self.run, self.run.cfg.train.checkpoint_every
+        run, every = self.run, self.checkpoint_every
         due = run.step % every == 0 if every else time.monotonic() > self.saved + max(1.0, 100 * self.cost)
         if due or run.position == 0 or self.stop.signal:
             self._save()
@@ -346,7 +349,7 @@ class _Execution:
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
         run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]
-        kept = {name: state["backend"][name] for name in ("threads", "onednn")}
+        kept = {name: state["backend"][name] for name in ("threads", "onednn", "compiled")}
         run.backend = replace(run.backend, **kept)
         if changed := run.backend.changed(state["backend"]):
             log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))

@@ -287,10 +287,7 @@ def _picture(root: Path, members: Sequence[Member]) -> bytes:
     axes = figure.subplots(1, len(varied) + 1, squeeze=False)[0]
     scored = [member for member in members if not math.isnan(member.objective)]
     for axis, key in zip(axes, varied, strict=False):
-        values = sorted({member.overrides.get(key, "") for member in scored}, key=_as_number)
-        places = [values.index(member.overrides.get(key, "")) for member in scored]
-        axis.plot(places, [member.objective for member in scored], "o", alpha=0.6)
-        axis.set_xticks(range(len(values)), values, rotation=30)
+        _against(axis, [member.overrides.get(key, "") for member in scored], [member.objective for member in scored])
         axis.set_xlabel(key)
         axis.set_ylabel(objective)
     for member in ranked(scored, objective)[:20]:
@@ -303,6 +300,20 @@ def _picture(root: Path, members: Sequence[Member]) -> bytes:
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)
     return content.getvalue()
+
+
+def _against(axis: Any, values: list[str], objectives: list[float]) -> None:
+    """Plot objectives against values: on a scale where they are numbers, else side by side."""
+    numbers = [_as_number(value)[0] for value in values]
+    if values and all(map(math.isfinite, numbers)):
+        axis.plot(numbers, objectives, "o", alpha=0.6)
+        if min(numbers) > 0 and max(numbers) >= 20 * min(numbers):
+            axis.set_xscale("log")
+        return
+    names = sorted(set(values), key=_as_number)
+    axis.plot([names.index(value) for value in values], objectives, "o", alpha=0.6)
+    shown = names[:: math.ceil(len(names) / 20) or 1]
+    axis.set_xticks([names.index(name) for name in shown], [name[:20] for name in shown], rotation=30)
 
 
 def _curve(path: Path, tag: str) -> tuple[list[int], list[float]]:

@@ -34,9 +34,14 @@ def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor)
             parameter.grad = None
     loss = F.cross_entropy(model(images), labels)
     loss.backward()
-    with torch.no_grad():  # the update itself, without the wrappers for profiling, hooks and torch.compile around it
-        inspect.unwrap(type(optimizer).step)(optimizer)
+    with torch.no_grad():
+        update(optimizer)
     return loss.detach()
+
+
+def update(optimizer: Optimizer) -> None:
+    """The update itself, without the wrappers for profiling, hooks and torch.compile around it."""
+    inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
@@ -75,8 +80,11 @@ def train(
     `on_log` is called every train.log_every batches and at the end with run.losses filled since the last time,
     `on_epoch` after each epoch (and after a last one that train.max_steps cut short), `on_step` after each batch.
     """
+    from fmexp import fast
+
     cfg = run.cfg.train
-    epochs, log_every = batches_per_epoch(run.cfg, run.dataset), cfg.log_every
+    whole_batches = fast.whole_batches(run)
+    epochs, log_every, batch_size = batches_per_epoch(run.cfg, run.dataset), cfg.log_every, cfg.batch_size
     total = total_steps(run.cfg, run.dataset)
     count = datasets.length(run.dataset.train)
     with tqdm(total=total, initial=run.step, unit=" batches", disable=None, leave=False, dynamic_ncols=True) as bar:
@@ -93,7 +101,10 @@ def train(
                 seed=(run.cfg.seed, run.epoch),
             ):
                 run.batch = images, labels
-                run.losses.append(step(run.model, run.optimizer, images, labels))
+                if len(labels) == batch_size:
+                    run.losses.append(whole_batches(images, labels))
+                else:
+                    run.losses.append(step(run.model, run.optimizer, images, labels))
                 run.step += 1
                 run.position += 1
                 if run.step % log_every == 0 or run.step == total:

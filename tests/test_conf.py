@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
+import fmexp.launcher  # noqa: F401  # registers what recipes choose of hydra/sweeper
 from fmexp import compose, config, datasets, execute
 from fmexp.config import SCHEMAS, Config, Moment, conf_dir
 
@@ -111,10 +112,10 @@ def test_every_recipe_trains_and_its_values_win_but_for_the_command_line(name: s
     composed = config.flat(plain(compose([f"experiment={name}"])))
     written = raw(conf_dir() / "experiment" / f"{name}.yaml")
     for entry in written.pop("defaults", []):
-        for group, option in entry.items():  # override /model: mlp
-            chosen = raw(conf_dir() / group.removeprefix("override /") / f"{option}.yaml")
-            if "hydra" not in group and "_target_" in chosen:
-                assert composed[f"{group.removeprefix('override /')}._target_"] == chosen["_target_"]
+        for override, option in entry.items():  # override /model: mlp
+            group = override.removeprefix("override /")
+            if group in GROUPS and "_target_" in (chosen := raw(conf_dir() / group / f"{option}.yaml")):
+                assert composed[f"{group}._target_"] == chosen["_target_"]
     for key in written.pop("hydra", {}).get("sweeper", {}).get("params", {}):
         assert key in composed or key in GROUPS, f"{key}, which the recipe sweeps, is not there"
     for key, value in config.flat(written).items():

@@ -35,7 +35,7 @@ def _grid(pixels: Tensor, columns: int = 8, border: int = 2) -> Tensor:
 
 
 def _add_samples(run: Run, tag: str, pixels: Tensor) -> None:
-    """Write float32 [N, C, H, W] in [0, 1] as N samples of one tag; the writer's own add_images makes a grid of them."""
+    """Write float32 [N, C, H, W] in [0, 1] as N samples of one tag, where the writer's add_images makes a grid."""
     height, width = pixels.shape[2:]
     pictures = [_png(image) for image in pixels]
     tensor = TensorProto(dtype=DT_STRING, string_val=[str(width).encode(), str(height).encode(), *pictures])

@@ -6,6 +6,8 @@ import io
 import logging
 import warnings
 
+import torch
+
 from fmexp.run import Run
 
 log = logging.getLogger(__name__)
@@ -17,6 +19,9 @@ def model_graph(run: Run) -> None:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(said):
             warnings.simplefilter("ignore")  # torch speaks of its tracer's future
-            run.writer.add_graph(copy.deepcopy(run.model), run.batch[0])
+            # Traced here, add_graph takes it as it is. Its own tracing would run the model a second time to compare, which
+            # takes most of a second for the same graph.
+            traced = torch.jit.trace(copy.deepcopy(run.model), run.batch[0], check_trace=False)
+            run.writer.add_graph(traced, run.batch[0])
     except Exception as error:  # whatever a tracer raises on a model that it does not understand
         log.warning("the model's graph is not written, for it cannot be traced: %s", str(error).strip().split("\n")[0])

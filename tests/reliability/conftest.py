@@ -19,13 +19,15 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 
 @pytest.fixture(scope="session")
 def truth(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of the uninterrupted run of some overrides, executed once."""
+    """The folder of the uninterrupted run of some overrides, executed once; "cli" first: through the command line."""
     known: dict[tuple[str, ...], Path] = {}
 
     def run(*args: str) -> Path:
         if args not in known:
             known[args] = folder = tmp_path_factory.mktemp("truth") / "run"
-            ended = driver.run(*args, f"hydra.run.dir={folder}", trace=folder.parent / "trace.txt")
+            words = [arg for arg in args if arg != "cli"]
+            trace = folder.parent / "trace.txt"
+            ended = driver.run(*words, f"hydra.run.dir={folder}", trace=trace, cli="cli" in args)
             assert ended.code == 0, ended.output
         return known[args]
 

@@ -4,7 +4,8 @@ Nothing of this is in the product: the functions of os, tensorboard and torch th
 A moment is an *event* with a label, such as "fsync .checkpoint.pt.x.part done" or "forward LeNet training". A plan is a
 list of actions {"steps": s, "match": regex, "nth": n, "do": what}: at the n-th event whose label matches, counted from
 when this process has trained s batches, do one of
-    kill, term, int, usr1 ...   send the signal to this process (kill: nothing of it lives on)
+    KILL, TERM, INT, USR1 ...   send the signal to this process
+    group TERM ...              send it to this process and to its data-loading processes
     fill                        fill the file system of the run's folder, but for "leave" bytes
 """
 
@@ -67,7 +68,8 @@ class _Breaker:
             fill(Path(action["file"]), action.get("leave", 0))
             self.busy = False
         else:
-            os.kill(self.pid, getattr(signal, f"SIG{action['do'].upper()}"))
+            send, _, name = action["do"].rpartition(" ")
+            (os.killpg if send else os.kill)(self.pid, signal.Signals[f"SIG{name}"])
 
     def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any) -> Any:

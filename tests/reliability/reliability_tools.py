@@ -29,7 +29,8 @@ SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "
          "train.epochs=2", "train.log_every=4", "train.checkpoint_every=3")  # fmt: skip
 STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", "per_class_accuracy",
           "confusion_matrix")  # fmt: skip
-BARE = (*SMALL, "model=mlp", "model.hidden=[16]", *(f"stage.{stage}.enabled=false" for stage in STAGES))
+NO_STAGES = (*SMALL, *(f"stage.{stage}.enabled=false" for stage in STAGES))
+BARE = (*NO_STAGES, "model=mlp", "model.hidden=[16]")
 # Stages that write of every kind of summary before, between and after checkpoints.
 RICH = (*SMALL, "model=lenet", "stage.confusion_matrix.enabled=false", "stage.image_grid.on=log",
         "stage.projector.on=log", "stage.projector.images=6", "stage.projector.features=fc2",
@@ -68,12 +69,13 @@ class Driver:
         plan: Sequence[dict[str, Any]] | None = None,
         trace: Path | None = None,
         cli: bool = False,
+        folder: Path | None = None,
         **environ: str,
     ) -> int:
         """Start a process and return its pid.
 
-        With a `plan` or a `trace` it is watched by reliability_breaker. With `cli` it goes through the command line,
-        else through fmexp.execute, which is quicker.
+        With a `plan` or a `trace` it is watched by reliability_breaker in `folder` (default: what hydra.run.dir says).
+        With `cli` it goes through the command line, else through fmexp.execute, which is quicker.
         """
         if self.server is None:
             with (self.folder / "driver.txt").open("w") as errors:
@@ -85,7 +87,11 @@ class Driver:
         self.output = self.folder / f"output{self.number}.txt"
         watched = None
         if plan is not None or trace is not None:
-            watched = {"folder": run_dir(args), "plan": list(plan or ()), "trace": str(trace) if trace else None}
+            watched = {
+                "folder": str(folder or run_dir(args)),
+                "plan": list(plan or ()),
+                "trace": str(trace) if trace else None,
+            }
         request = {
             "args": args, "cli": cli, "output": str(self.output), "break": watched, "cwd": str(self.folder),
             "environment": environ,
@@ -197,7 +203,7 @@ def left(folder: Path) -> dict[str, Any]:
         "result": {key: value for key, value in result.items() if key != "seconds"},
         "model": {name: (str(t.dtype), tuple(t.shape), digest(t.numpy().tobytes())) for name, t in model.items()},
         "events": written(folder),
-        "files": sorted(name for name in files if "tfevents" not in name),
+        "files": sorted(name for name in files if "tfevents" not in name and name != ".lock.owner"),
         "projector": {name: digest((folder / name).read_bytes()) for name in files
                       if re.match(r"\d{5}/|projector_config", name)},
     }  # fmt: skip

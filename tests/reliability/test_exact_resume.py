@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability_tools import BARE, RICH, Driver, assert_same
+from reliability_tools import NO_STAGES, RICH, Driver, assert_same
 
 MODELS = {
     "lenet": ("model=lenet",),
@@ -16,7 +16,6 @@ DATA = {
     "memory": (),
     "workers": ("dataset._target_=reliability_parts.augmented", "train.num_workers=2", "train.epochs=1"),
 }
-BARE_BUT_MODEL = tuple(arg for arg in BARE if not arg.startswith("model"))
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -25,10 +24,10 @@ BARE_BUT_MODEL = tuple(arg for arg in BARE if not arg.startswith("model"))
 def test_killed_between_checkpoints(
     driver: Driver, truth: Callable[..., Path], tmp_path: Path, model: str, optimizer: str, data: str
 ) -> None:
-    args = (*BARE_BUT_MODEL, *MODELS[model], *OPTIMIZERS[optimizer], *DATA[data])
+    args = (*NO_STAGES, *MODELS[model], *OPTIMIZERS[optimizer], *DATA[data])
     folder = tmp_path / "run"
     for steps in (5, 6):  # after the batches 5 and 9, for it goes on from 3
-        plan = [{"steps": steps, "match": "batch trained", "do": "kill"}]
+        plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
         assert driver.run(*args, f"hydra.run.dir={folder}", plan=plan).code == -9
     ended = driver.run(*args, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.output
@@ -39,7 +38,7 @@ def test_killed_between_checkpoints(
 def test_everything_that_is_written(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for steps in (1, 5, 7, 12, 13):
-        plan = [{"steps": steps, "match": "batch trained", "do": "kill"}]
+        plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
         assert driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan).code == -9
     ended = driver.run(*RICH, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.output

@@ -2,13 +2,11 @@
 
 import json
 import os
-import re
-import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,8 +21,8 @@ SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "
          "train.max_steps=8", "train.log_every=4", "model=mlp", "model.hidden=[8]")  # fmt: skip
 # Of 1,000 batches, which take some 200 s while the gate is closed; a checkpoint every five.
 OWN = ("dataset=synthetic", "dataset.train_size=2000", "dataset.test_size=40", "dataset.image_size=8", "logging=light",
-       "device=cpu", "train.batch_size=2", "train.checkpoint_every=5", "train.log_every=500", "model=mlp",
-       "model._target_=sweep_parts.Model", "~model.hidden", "~model.dropout", "+model.tag=a")  # fmt: skip
+       "device=cpu", "train.batch_size=2", "train.checkpoint_every=5", "train.log_every=500", "model=lenet",
+       "model._target_=sweep_parts.Model")  # fmt: skip
 GRID = ("optimizer=sgd,adam", "optimizer.lr=0.01,0.001")
 THREADS = ("+stage.threads._target_=sweep_parts.threads", "+stage.threads.on=end", "+stage.threads.required=true")
 
@@ -67,9 +65,11 @@ class Sweep:
 
 
 def until(condition: Callable[[], Any], what: str, sweep: Sweep | None = None) -> Any:
-    """Wait for a condition to hold, and return what it gave."""
+    """Wait for a condition to hold, before the sweep ends, and return what it gave."""
     deadline = time.monotonic() + DEADLINE_S
     while not (value := condition()):
+        if sweep and sweep.process.poll() is not None:
+            deadline = min(deadline, time.monotonic() + 1)
         assert time.monotonic() < deadline, f"waited in vain for {what}\n{sweep.output if sweep else ''}"
         time.sleep(0.05)
     return value
@@ -132,25 +132,26 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 @contextmanager
 def tensorboard(logdir: Path) -> Iterator[Callable[..., Any]]:
-    """A TensorBoard over a folder; gives the function that asks it: ask(route, body) -> answer."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0",
-               "--reload_interval", "1"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    """A TensorBoard over a folder; gives the function that asks it: ask(route, body) -> answer, None while it is not
+    up or reads."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def ask(route: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/data/{route}", data, headers)
         try:
-            assert process.stderr is not None
-            with selectors.DefaultSelector() as ready:
-                ready.register(process.stderr, selectors.EVENT_READ)
-                address, deadline = None, time.monotonic() + DEADLINE_S
-                while not address:
-                    assert ready.select(deadline - time.monotonic()), "TensorBoard does not say its address"
-                    address = re.search(r"http://[\d.]+:\d+", process.stderr.readline())
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+                return json.load(answer)
+        except OSError:
+            return None
 
-            def ask(route: str, body: dict[str, Any] | None = None) -> Any:
-                data = None if body is None else json.dumps(body).encode()
-                request = urllib.request.Request(f"{address[0]}/data/{route}", data)
-                with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
-                    return json.load(answer)
-
+    command = [sys.executable, "-W", "ignore", "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1",
+               "--port", str(port), "--reload_interval", "1"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
             yield ask
         finally:
             process.kill()
@@ -165,10 +166,7 @@ def hparams(ask: Callable[..., Any], rows: int, tag: str = "test/accuracy") -> d
     body = {"allowedStatuses": STATUSES, "colParams": columns, "startIndex": 0, "sliceSize": 1000}
 
     def read() -> list[Any]:
-        try:
-            groups = ask("plugin/hparams/session_groups", body)["sessionGroups"]
-        except urllib.error.HTTPError:  # while it reads
-            return []
+        groups = (ask("plugin/hparams/session_groups", body) or {}).get("sessionGroups", [])
         return groups if len(groups) >= rows else []
 
     found = {}

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import program
 import pytest
+from hydra.errors import HydraException
 from matplotlib import image
+from omegaconf import OmegaConf
 from sweep_tools import SMALL, THREADS, Sweep, files, hparams, members, result, tensorboard
 
 from fmexp import compose, config, folder, sweep
@@ -33,7 +35,7 @@ def test_each_member_has_a_folder_with_all_of_its_run(grid: Sweep) -> None:
 def test_table_is_ranked_and_csv_and_picture_agree_with_it(grid: Sweep) -> None:
     found = sweep.read(grid.root)
     assert [m.objective for m in found] == [result(path)["objective"] for path in members(grid.root)]
-    rows = list(csv.reader((grid.root / "sweep.csv").open()))
+    rows = list(csv.reader((grid.root / "sweep.csv").read_text().splitlines()))
     heads = ["optimizer", "optimizer.lr", "train/loss", "test/loss", "test/accuracy", "test/accuracy/best",
              "status", "seconds", "folder"]  # fmt: skip
     assert rows[0] == heads
@@ -54,7 +56,7 @@ def test_table_is_ranked_and_csv_and_picture_agree_with_it(grid: Sweep) -> None:
 def test_losses_are_ranked_upwards(tmp_path: Path) -> None:
     words = [*SMALL, "objective=test/loss", "optimizer.lr=0.1,0.00001", f"hydra.sweep.dir={tmp_path}/s"]
     assert program.call("-m", *words, cwd=tmp_path).status == 0
-    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").read_text().splitlines()))
     assert float(rows[0]["test/loss"]) < float(rows[1]["test/loss"])
 
 
@@ -182,7 +184,7 @@ def test_a_sweep_that_diverges_is_a_result(tmp_path: Path) -> None:
     words = [*SMALL, "optimizer.lr=0.01,1e30", f"hydra.sweep.dir={tmp_path}/s"]
     done = program.call("-m", *words, cwd=tmp_path)
     assert done.status == 0
-    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").read_text().splitlines()))
     assert [row["status"] for row in rows] == ["completed", "diverged"]
     assert "(0 to train, 0 to resume, 2 to skip)" in program.call("-m", *words, cwd=tmp_path).out
 
@@ -221,9 +223,15 @@ def test_members_are_composed_as_hydra_does(words: list[str]) -> None:
         master = loader.load_configuration("config", ["dataset=synthetic"], RunMode.MULTIRUN)
         expected = loader.load_sweep_config(master, words)
         composer = Composer(loader, master)
-        assert composer.compose(["seed=99", *words]) != expected
-        assert composer.compose(words) == expected
+        composer.compose(["seed=99", *words])
+        composed = composer.compose(words)
         assert len(composer.bases) == 1
+    assert OmegaConf.to_container(composed) == OmegaConf.to_container(expected)
+    for theirs, ours in ((expected, composed), (expected.train, composed.train), (expected.model, composed.model)):
+        assert OmegaConf.is_struct(ours) == OmegaConf.is_struct(theirs)
+        assert OmegaConf.get_type(ours) == OmegaConf.get_type(theirs)
+    with pytest.raises(HydraException):
+        composer.compose([*words, "train.nothing=1"])
 
 
 @pytest.mark.parametrize("name", ["lr_sweep", "model_comparison"])

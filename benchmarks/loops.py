@@ -1,0 +1,110 @@
+"""In one process, taken in turns: fmexp's training against bare PyTorch loops, or fmexp's evaluation with its stages.
+
+    python benchmarks/loops.py training <pairs> <batches> <override>...
+    python benchmarks/loops.py evaluation <pairs>
+
+The last line of its output is JSON: seconds by name, one of each a pair. benchmarks/run.py calls this.
+"""
+
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fmexp import compose, events, execute, train
+from fmexp.run import build
+
+DEFAULT_THREADS = torch.get_num_threads()
+
+
+def bare(overrides: list[str], batches: int, threads: int) -> float:
+    """Seconds of a plain loop of PyTorch's defaults over normalised images in memory, without any logging."""
+    cfg = compose(overrides)
+    run = build(cfg)
+    data = run.dataset
+    images, labels = data.normalise(data.train.images), data.train.labels
+    model, size = run.model.train(), cfg.train.batch_size
+    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.optimizer.lr, momentum=cfg.optimizer.momentum)
+    criterion = nn.CrossEntropyLoss()
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    done = 0
+    while done < batches:
+        for chosen in torch.randperm(len(images)).split(size)[: batches - done]:
+            optimizer.zero_grad()
+            loss = criterion(model(images[chosen]), labels[chosen])
+            loss.backward()
+            optimizer.step()
+            done += 1
+    seconds = time.perf_counter() - began
+    torch.set_num_threads(DEFAULT_THREADS)
+    return seconds
+
+
+def ours(overrides: list[str], batches: int) -> float:
+    """Seconds of fmexp's own loop in a whole run: with running losses, figures and checkpoints, without evaluation."""
+    seconds, original = 0.0, train.train
+
+    def timed(run: object, *, on_epoch: Callable[[], None], **moments: Callable[[], None]) -> None:
+        nonlocal seconds
+
+        def epoch() -> None:
+            nonlocal seconds
+            start = time.perf_counter()
+            on_epoch()
+            seconds -= time.perf_counter() - start
+
+        began = time.perf_counter()
+        original(run, on_epoch=epoch, **moments)
+        seconds += time.perf_counter() - began
+
+    train.train = timed
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            execute(compose([*overrides, f"train.max_steps={batches}"]), folder)
+    finally:
+        train.train = original
+    return seconds
+
+
+def evaluation() -> float:
+    """Seconds of fmexp's pass over the test split and the stages after it."""
+    run = build(compose(["experiment=tutorial", "device=cpu"]))
+    with tempfile.TemporaryDirectory() as folder:
+        run.writer = events.open_writer(run.cfg.logging, Path(folder), step=None)
+        began = time.perf_counter()
+        with run.backend.applied():
+            run.happen("end")
+        seconds = time.perf_counter() - began
+        run.writer.close()
+    if run.failures:
+        raise SystemExit(f"stages failed: {run.failures}")
+    return seconds
+
+
+def main(what: str, pairs: int, *rest: str) -> None:
+    if what == "evaluation":
+        work = {"fmexp": evaluation}
+    else:
+        batches, overrides = int(rest[0]), ["experiment=tutorial", "device=cpu", "train.epochs=1000", *rest[1:]]
+        work = {
+            "fmexp": lambda: ours(overrides, batches),
+            "bare": lambda: bare(overrides, batches, DEFAULT_THREADS),
+            "bare, one thread": lambda: bare(overrides, batches, 1),
+        }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(pairs):
+        for name, function in work.items():
+            gc.collect()
+            seconds[name].append(function())
+    print(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,112 @@
+"""What a sweep costs beside its training, and what side by side gains: python benchmarks/sweep.py [--members 50 200]
+
+Prints a table. Sweeps are started as a user starts them, in processes of their own, in a temporary folder.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+BATCH = ("dataset=synthetic", "dataset.test_size=200", "device=cpu")
+MLP = ("model=mlp", "model.hidden=[8]")
+
+
+def sweep(root: Path, *words: str) -> float:
+    """Execute a sweep; the seconds that it took."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "fmexp", "--multirun", *words, f"hydra.sweep.dir={root}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def trained(root: Path) -> float:
+    """The seconds that the members themselves report."""
+    return sum(json.loads(path.read_text())["seconds"] for path in root.glob("*/result.json"))
+
+
+def side_by_side(folder: Path, rounds: int) -> None:
+    """16 members of 1,000 batches, joblib against basic, in turns."""
+    words = (*BATCH, "dataset.train_size=4000", "logging=light", "seed=range(1,17)")
+    gains = []
+    for number in range(rounds):
+        one = sweep(folder / f"basic{number}", *words)
+        many = sweep(folder / f"joblib{number}", *words, "hydra/launcher=joblib")
+        gains.append(one / many)
+        print(f"16 members x 1,000 batches   basic {one:6.1f} s   joblib {many:6.1f} s   {one / many:.2f} times")
+    print(f"median of {rounds}: {statistics.median(gains):.2f} times on {len(os.sched_getaffinity(0))} cores (>= 1.8)")
+
+
+def kilobytes(root: Path, without: str = "") -> float:
+    """KB a member, of all files but those named `without`."""
+    members = [path.parent for path in root.glob("*/result.json")]
+    sizes = [p.stat().st_size for m in members for p in m.rglob("*") if p.is_file() and p.name != without]
+    return sum(sizes) / len(members) / 1000
+
+
+def overhead(folder: Path, counts: list[int]) -> Path:
+    """Members of 10 batches, logging=light, basic launcher: what all but the training costs."""
+    words = (*BATCH, *MLP, "dataset.train_size=40", "logging=light")
+    start = statistics.median(sweep(folder / f"start{number}", *words, "seed=1") for number in range(3))
+    print(f"a sweep of one member takes {start:.2f} s, most of it to import torch; the others are counted without that")
+    for count in counts:
+        root = folder / f"light{count}"
+        whole = sweep(root, *words, f"seed=range(1,{count + 1})")
+        each, within = (whole - start) / (count - 1), trained(root) / count
+        print(
+            f"{count:4} members x 10 batches   {each:.3f} s a member (<= 0.15 and flat), {within:.3f} s within its run"
+        )
+        print(f"    {kilobytes(root):.1f} KB a member (<= 60), {kilobytes(root, 'model.pt'):.1f} without model.pt")
+    sweep(folder / "lenet", *BATCH, "dataset.train_size=40", "logging=light", "seed=1,2")
+    sizes = kilobytes(folder / "lenet"), kilobytes(folder / "lenet", "model.pt")
+    print(f"a LeNet's member: {sizes[0]:.1f} KB, {sizes[1]:.1f} without model.pt")
+    return root
+
+
+def until_hparams(root: Path, rows: int) -> float:
+    """Seconds from TensorBoard's start until its HPARAMS has all rows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    body = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 2 * rows}
+    url = f"http://127.0.0.1:{port}/data/plugin/hparams/session_groups"
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={root}", f"--port={port}", "--host=127.0.0.1"]
+    began, found = time.perf_counter(), 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while found < rows and time.perf_counter() < began + 300:
+            with suppress(OSError), urllib.request.urlopen(request, timeout=60) as answer:
+                found = len(json.load(answer).get("sessionGroups", []))
+            time.sleep(0.05)
+        took = time.perf_counter() - began
+        process.kill()
+    print(f"TensorBoard over {rows} members answers HPARAMS with {found} rows after {took:.1f} s (<= 10)")
+    return took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--members", type=int, nargs="+", default=[50, 200])
+    parser.add_argument("--rounds", type=int, default=3, help="of basic against joblib; 0: leave it out")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="fmexp-sweep-"))
+    try:
+        root = overhead(folder, arguments.members)
+        until_hparams(root, arguments.members[-1])
+        if arguments.rounds:
+            side_by_side(folder, arguments.rounds)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

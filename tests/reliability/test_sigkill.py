@@ -1,0 +1,194 @@
+"""A run that is killed at any moment, however often, ends as if it had never been."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, Ended, assert_same, default_signals, environment, until
+
+from fmexp import checkpoint
+
+SEED = "RELIABILITY_SEED"
+
+# Within one epoch, and at the exact points around what is written; each goes on from what the one before it left.
+POINTS = [
+    *[{"steps": 5, "match": "batch half trained"}] * 3,
+    {"match": "open .hydra/.config.yaml.part"},
+    {"match": "within .hydra/.config.yaml.part"},
+    {"match": "written events"},
+    {"steps": 1, "match": "batch trained"},
+    {"match": "open .checkpoint.pt.part"},
+    {"match": "within .checkpoint.pt.part"},
+    {"match": r"fsync .checkpoint.pt.part$"},
+    {"match": "fsync .checkpoint.pt.part done"},
+    {"match": r"rename checkpoint.pt$"},
+    {"match": "rename checkpoint.pt to checkpoint.previous.pt done"},
+    {"match": r"rename .checkpoint.pt.part$"},
+    {"match": "rename .checkpoint.pt.part to checkpoint.pt done"},
+    {"steps": 1, "match": r"fsync \.$"},
+    {"steps": 1, "match": r"fsync \. done"},
+    {"match": "within events", "nth": 2},
+    {"match": "remove checkpoint", "last": True},
+    {"steps": 16, "match": "batch trained", "new": True},  # the epoch's last batch, and nothing written of it
+    {"match": "forward MLP eval", "nth": 2},  # the first one is that of choosing a backend
+    {"match": r"rename .checkpoint.pt.part$"},
+    {"match": "batch half trained"},
+    {"steps": 15, "match": "forward Linear eval", "nth": 3},
+    {"match": "open .model.pt.part"},
+    {"match": "within .model.pt.part", "nth": 20},
+    {"match": r"rename .model.pt.part$"},
+    {"match": "rename .model.pt.part to model.pt done"},
+    {"match": "within .result.json.part"},
+    {"match": r"rename .result.json.part$"},
+    {"match": "rename .result.json.part to result.json done", "last": True},
+    {"match": "remove checkpoint.previous.pt", "last": True},
+    {"match": r"remove checkpoint.pt$", "last": True},
+]
+
+
+class Victim:
+    """A run that is killed again and again; one that is complete is compared, and the next one begun."""
+
+    def __init__(self, driver: Driver, folder: Path, truth: Path, *args: str) -> None:
+        self.driver, self.parent, self.truth, self.args = driver, folder, truth, args
+        self.kills = self.runs = 0
+        self.begin()
+
+    def begin(self) -> None:
+        self.runs += 1
+        self.folder = self.parent / f"run{self.runs}"
+
+    def kill(self, point: dict[str, object]) -> None:
+        """Kill it at a point, which a run that has gone too far does not come to: then kill a new one there."""
+        for _ in range(2):
+            ended = self.driver.run(*self.args, f"hydra.run.dir={self.folder}", plan=[{"do": "KILL", **point}])
+            if self.count(ended):
+                return
+        raise AssertionError(f"no run comes to {point}")
+
+    def count(self, ended: Ended) -> bool:
+        """Count a kill, or check the run that came to its end before it."""
+        if ended.code == -signal.SIGKILL:
+            self.kills += 1
+            return True
+        self.finished(ended)
+        self.begin()
+        return False
+
+    def finish(self) -> None:
+        self.finished(self.driver.run(*self.args, f"hydra.run.dir={self.folder}"))
+
+    def finished(self, ended: Ended) -> None:
+        assert ended.code == 0, ended.output
+        assert_same(self.folder, self.truth)
+
+
+def test_fixed_points(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    victim = Victim(driver, tmp_path, truth(*BARE), *BARE)
+    for point in POINTS:
+        if point.get("new"):
+            victim.finish()
+            victim.begin()
+        victim.kill(point)
+        if point.get("last"):  # it is complete, and must be found so
+            victim.finish()
+            victim.begin()
+    victim.finish()
+    assert victim.kills == len(POINTS)
+
+
+def random_moments(driver: Driver, truth: Path, folder: Path, args: tuple[str, ...], count: int, seed: int) -> Victim:
+    """Kill a run at random ones of all the events of the uninterrupted run, in their order, and let it finish."""
+    chosen = random.Random(seed)
+    trace = (truth.parent / "trace.txt").read_text().splitlines()
+    victim = Victim(driver, folder, truth, *args)
+    for number in sorted(chosen.choices(range(len(trace)), k=count)):
+        step = int(trace[number].split("\t")[0])
+        nth = 1 + sum(line.startswith(f"{step}\t") for line in trace[:number])
+        state = checkpoint.load(victim.folder) if victim.folder.exists() else None
+        done = state["step"] if state else 0
+        # A run that has gone on beyond the step is killed as early as that step's event was.
+        ended = driver.run(
+            *args,
+            f"hydra.run.dir={victim.folder}",
+            plan=[{"steps": max(0, step - done), "nth": nth, "do": "KILL"}],
+        )
+        victim.count(ended)
+    victim.finish()
+    return victim
+
+
+def test_random_moments_of_a_fixed_seed(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    victim = random_moments(driver, truth(*RICH), tmp_path, RICH, 8, 1)
+    assert victim.kills >= 7
+
+
+@pytest.mark.slow
+def test_25_random_moments(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32))
+    print(f"{SEED}={seed}")
+    victim = random_moments(driver, truth(*RICH), tmp_path, RICH, 25, seed)
+    print(f"{victim.kills} kills survived")
+    assert victim.kills >= 20
+
+
+@pytest.mark.slow
+def test_random_times(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    """As above, but with the clock in place of the events; a run may be complete before its kill."""
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32))
+    print(f"{SEED}={seed}")
+    chosen = random.Random(seed)
+    expected = truth(*RICH)
+    began = time.monotonic()
+    driver.run(*RICH, f"hydra.run.dir={tmp_path / 'timed'}")
+    took = time.monotonic() - began
+    victim = Victim(driver, tmp_path, expected, *RICH)
+    for _ in range(15):
+        pid = driver.start(*RICH, f"hydra.run.dir={victim.folder}")
+        time.sleep(chosen.uniform(0, took))  # any length is right
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        victim.count(driver.wait(pid))
+    victim.finish()
+    print(f"{victim.kills} kills survived")
+    assert victim.kills > 0
+
+
+@pytest.mark.slow
+def test_every_kind_of_moment(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    """Kill at the first event of each label that a run with all kinds of summaries has."""
+    expected = truth(*RICH)
+    labels = [line.split("\t")[1] for line in (expected.parent / "trace.txt").read_text().splitlines()]
+    patterns = dict.fromkeys(f"^{re.sub('[0-9]+', '[0-9]+', re.escape(label))}$" for label in labels)
+    victim = Victim(driver, tmp_path, expected, *RICH)
+    for pattern in patterns:
+        victim.kill({"match": pattern})
+    victim.finish()
+    print(f"{victim.kills} kills survived")
+    assert victim.kills == len(patterns) > 70
+
+
+def test_killed_from_outside(driver: Driver, tmp_path: Path) -> None:
+    """The whole program, killed by another process while it is within a batch, and typed again."""
+    args = (*NO_STAGES, "model=lenet", "model._target_=reliability_parts.Waits")
+    command = [sys.executable, "-m", "fmexp", *args, f"hydra.run.dir={tmp_path / 'run'}"]
+    waiting = tmp_path / "waiting"
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment(RELIABILITY_WAITING=str(waiting)), stdout=output, preexec_fn=default_signals
+        )
+        until(lambda: waiting.exists() or process.poll() is not None, "the fourth batch is not begun")
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert "going on from the checkpoint at step 3" in ended.stdout
+    assert driver.run(*args, f"hydra.run.dir={tmp_path / 'truth'}", cli=True).code == 0
+    assert_same(tmp_path / "run", tmp_path / "truth")
