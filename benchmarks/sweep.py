@@ -6,6 +6,7 @@ Prints a table. Sweeps are started as a user starts them, in processes of their 
 import argparse
 import json
 import os
+import resource
 import shutil
 import socket
 import statistics
@@ -27,6 +28,12 @@ def sweep(root: Path, *words: str) -> float:
     command = [sys.executable, "-m", "fmexp", "--multirun", *words, f"hydra.sweep.dir={root}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
+
+
+def processor() -> float:
+    """The processor seconds of all sweeps so far, which other work on the machine disturbs less than the clock."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def trained(root: Path) -> float:
@@ -56,15 +63,20 @@ def kilobytes(root: Path, without: str = "") -> float:
 def overhead(folder: Path, counts: list[int]) -> Path:
     """Members of 10 batches, logging=light, basic launcher: what all but the training costs."""
     words = (*BATCH, *MLP, "dataset.train_size=40", "logging=light")
+    before = processor()
     start = statistics.median(sweep(folder / f"start{number}", *words, "seed=1") for number in range(3))
+    start_processor = (processor() - before) / 3
     print(f"a sweep of one member takes {start:.2f} s, most of it to import torch; the others are counted without that")
     for count in counts:
         root = folder / f"light{count}"
+        before = processor()
         whole = sweep(root, *words, f"seed=range(1,{count + 1})")
         each, within = (whole - start) / (count - 1), trained(root) / count
         print(
             f"{count:4} members x 10 batches   {each:.3f} s a member (<= 0.15 and flat), {within:.3f} s within its run"
         )
+        busy = (processor() - before - start_processor) / (count - 1)
+        print(f"    {busy:.3f} s of processor time a member")
         print(f"    {kilobytes(root):.1f} KB a member (<= 60), {kilobytes(root, 'model.pt'):.1f} without model.pt")
     sweep(folder / "lenet", *BATCH, "dataset.train_size=40", "logging=light", "seed=1,2")
     sizes = kilobytes(folder / "lenet"), kilobytes(folder / "lenet", "model.pt")

@@ -18,7 +18,7 @@ SMALL_CONVOLUTION = 1_000_000
 # Below this many multiplications a batch, a second thread costs more than it saves.
 SMALL_BATCH = 10_000_000
 # From so many small batches on, compiling the step costs less than it saves.
-MANY_BATCHES = 100_000
+MANY_BATCHES = 200_000
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def run(cfg: DictConfig) -> float:
     single = hydra_cfg.mode == RunMode.RUN
     before = folder.read_result(output_dir)
     try:
-        config.check(cfg)  # execute does so too, but after some seconds of importing torch
+        if single:  # execute does so too, but after some seconds of importing torch; members were checked together
+            config.check(cfg)
         from fmexp.run import execute  # torch is imported here, and not for --help or --cfg
 
         with beside_the_bar():

@@ -105,6 +105,7 @@ class Dataset:
 
 
 def length(split: Split | MapStyle) -> int:
+    """How many images a split has."""
     return len(split)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
 
 

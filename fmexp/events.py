@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra.utils
@@ -24,6 +25,7 @@ from tensorboard.plugins.hparams import summary_v2 as hp
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from fmexp import disk
@@ -38,13 +40,13 @@ EMPTY: dict[str, Any] = {"files": {}, "projector": ""}
 
 def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> SummaryWriter:
     """Open a SummaryWriter with its arguments `cfg` in `output_dir`; `step` is where a resumed run goes on from."""
-    _let_a_second_pass(output_dir)
     # A running TensorBoard forgets by this mark what it had already read beyond the checkpoint.
     purge_step = (cfg.get("purge_step") or 0) if step is None else step + 1
     # An absolute path: a relative one breaks when the program changes its folder. The comment is in the folder's name.
-    writer: SummaryWriter = hydra.utils.instantiate(
-        cfg, log_dir=str(output_dir.resolve()), comment="", purge_step=purge_step, _convert_="all"
-    )
+    with _names_sort_last(output_dir):
+        writer: SummaryWriter = hydra.utils.instantiate(
+            cfg, log_dir=str(output_dir.resolve()), comment="", purge_step=purge_step, _convert_="all"
+        )
     if text := _read(output_dir / PROJECTOR):
         writer._projector_config = text_format.Parse(text, ProjectorConfig())
     return writer
@@ -122,6 +124,7 @@ def silent_writer() -> Iterator[None]:
 
 
 def event_files(output_dir: Path) -> list[Path]:
+    """The event files of a folder, in the order of their names."""
     return sorted(output_dir.glob("events.out.tfevents.*"))
 
 
@@ -143,14 +146,20 @@ def _add(writer: SummaryWriter, summary: Summary) -> None:
     writer._get_file_writer().add_summary(summary)
 
 
-def _let_a_second_pass(output_dir: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second: do not share one."""
+@contextmanager
+def _names_sort_last(output_dir: Path) -> Iterator[None]:
+    """Within the block, name a new event file such that TensorBoard reads it after those of the folder.
+
+    It reads them in the order of their names, which begin with the second of their making: two in one second would be
+    in no order, and a clock that was set back would hide what is written after it.
+    """
     seconds = [int(word) for path in event_files(output_dir) if (word := path.name.split(".")[3]).isdigit()]
-    newest = max(seconds, default=0)
-    while newest - 60 < time.time() < newest + 1:
-        time.sleep(0.05)
-    if time.time() < newest:
-        log.warning("the clock stands before the last event file of %s: TensorBoard may miss points", output_dir)
+    earliest = max(seconds, default=-1) + 1
+    event_file_writer.time = SimpleNamespace(time=lambda: max(time.time(), earliest))
+    try:
+        yield
+    finally:
+        event_file_writer.time = time
 
 
 def _embeddings(projector: str) -> list[EmbeddingInfo]:

@@ -1,11 +1,11 @@
-"""A faster way to take the same training step: forward and backward compiled into one function. See docs/performance.md."""
+"""A faster way to take the same training step: loss and gradients as one compiled function (docs/performance.md)."""
 
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +49,14 @@ def compiled(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Ten
 
     The modules' own gradient functions are not called, so hooks on gradients are not either.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters: dict[str, Tensor] = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     buffers = dict(model.named_buffers())
 
     def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(torch.func.functional_call(model, (parameters, buffers), (images,)), labels)
 
-    # In C++ and in the model's own memory layout: either way else, a small batch takes longer than without compiling.
-    options = {"cpp_wrapper": True, "layout_optimization": False} if images.device.type == "cpu" else {}
+    # Called from C++ and in the model's own memory layout, without which a small batch gains nothing.
+    options: dict[str, Any] = {"cpp_wrapper": True, "layout_optimization": False} if images.device.type == "cpu" else {}
     function = torch.compile(torch.func.grad_and_value(loss), dynamic=False, fullgraph=True, options=options)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holds_run(folder: Path) -> bool:
+    """Whether a run has written its configuration there."""
     return (folder / CONFIG).is_file()
 
 
@@ -82,11 +83,18 @@ def check_same(folder: Path, held: dict[Any, Any], tree: dict[str, Any]) -> None
         )
 
 
-def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictConfig | ListConfig]) -> None:
-    """Write .hydra/config.yaml, as resolved, which makes the folder that run's; and what Hydra keeps beside it."""
+def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictConfig | ListConfig]) -> str:
+    """Write .hydra/config.yaml, as resolved, which makes the folder that run's; and what Hydra keeps beside it.
+
+    Returns:
+        the content of config.yaml.
+    """
     (folder / CONFIG).parent.mkdir(exist_ok=True)
-    for name, node in {**others, "config.yaml": OmegaConf.create(tree)}.items():
+    for name, node in others.items():
         disk.write(folder / ".hydra" / name, OmegaConf.to_yaml(node))
+    content = OmegaConf.to_yaml(OmegaConf.create(tree))
+    disk.write(folder / CONFIG, content)
+    return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -106,6 +114,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json, whole."""
     disk.write(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 

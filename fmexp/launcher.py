@@ -53,6 +53,7 @@ class Member:
     number: int
     overrides: list[str]
     cfg: DictConfig
+    tree: dict[str, Any]  # the same, resolved and without Hydra's part
     folder: Path
     action: str  # train, resume or skip
 
@@ -119,7 +120,7 @@ class Launcher(HydraLauncher):
             raise SystemExit(0)
         root.mkdir(parents=True, exist_ok=True)
         disk.write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        sweep.begin(root, {member.folder: config.resolved(_job(member.cfg)) for member in members})
+        sweep.begin(root, {member.folder: member.tree for member in members})
         if root not in LAUNCHED:
             LAUNCHED.append(root)
         todo = [member for member in members if member.action != "skip"]
@@ -142,9 +143,10 @@ class Launcher(HydraLauncher):
         taken: set[Path] = set()
         for number, overrides in enumerate(job_overrides, first):
             cfg = composer.compose(list(overrides))
-            job = _job(cfg)
+            job = OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
             config.check(job)
-            mine = [path for path in found.get(config.digest(config.resolved(job)), []) if path not in taken]
+            tree = config.resolved(job)
+            mine = [path for path in found.get(config.digest(tree), []) if path not in taken]
             path = mine[0] if mine else sweep.free_folder(root, number, overrides, varied, taken)
             taken.add(path)
             finished = mine and sweep.status(path) in ("completed", "diverged")
@@ -152,7 +154,7 @@ class Launcher(HydraLauncher):
             with open_dict(cfg):
                 cfg.hydra.job.id = cfg.hydra.job.num = number
                 cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(root), path.name
-            members.append(Member(number, list(overrides), cfg, path, action))
+            members.append(Member(number, list(overrides), cfg, tree, path, action))
         return members
 
     def _one_after_another(self, members: list[Member]) -> None:
@@ -377,11 +379,6 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _job(cfg: DictConfig) -> DictConfig:
-    """The configuration without Hydra's own part."""
-    return OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
-
-
 def _quiet(cfg: DictConfig) -> DictConfig:
     """The same member, of whose log lines only warnings go to the console that all members share."""
     with open_dict(cfg):
@@ -394,11 +391,10 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = (
-        visible.split(",")
-        if visible
-        else [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    )
+    if visible is None:
+        gpus = [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    else:
+        gpus = visible.split(",")
     if len(gpus) > 1:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment
@@ -455,7 +451,7 @@ def _parameters(options: DictConfig | None) -> dict[str, Any]:
 
 def _fail(member: Member, error: str) -> None:
     log.error("%s: %s", member.folder.name, error)
-    folder.write_failure(member.folder, config.resolved(_job(member.cfg)), member.overrides, error)
+    folder.write_failure(member.folder, member.tree, member.overrides, error)
 
 
 def _counts(members: list[Member]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import hydra.utils
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
@@ -209,9 +209,9 @@ def execute(
         try:
             return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
-            if disk_full(error):
+            if full := disk_full(error):
                 raise FmexpError(
-                    f"The disk is full: {output_dir} ({error}). What the last checkpoint holds is safe; make space, "
+                    f"The disk is full: {output_dir} ({full}). What the last checkpoint holds is safe; make space, "
                     f"then go on with\n  {resume_command or 'the same call'}"
                 ) from error
             log.exception("the run failed at step %d", run.step)
@@ -236,7 +236,7 @@ class _Execution:
         run = self.run
         begun = state or folder.holds_run(self.output_dir)
         disk.clear((self.output_dir / folder.CONFIG).parent)
-        folder.write_config(self.output_dir, self.tree, hydra_files)
+        text = folder.write_config(self.output_dir, self.tree, hydra_files)
         (self.output_dir / folder.RESULT).unlink(missing_ok=True)
         if begun:  # else what stands here is not ours
             disk.clear(self.output_dir)
@@ -250,7 +250,7 @@ class _Execution:
             with run.backend.applied():
                 if not state:
                     events.write_hparams(run.writer, self.output_dir, self.tree)
-                    run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{_yaml(self.tree)}```", 0)
+                    run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{text}```", 0)
                     run.happen("start")
                 else:  # as the last thing before training, so that nothing draws from it in between
                     randomness.restore(state["random"])
@@ -394,12 +394,13 @@ class _Execution:
         )
 
 
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or the one that it came from, says so: torch.save hides it in another."""
-    if error is None:
-        return False
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or disk_full(error.__cause__ or error.__context__)
+def disk_full(error: BaseException | None) -> OSError | None:
+    """The error of a full disk that an exception is, or comes from: torch.save and Hydra put it into another."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -486,7 +487,7 @@ def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = 
         return ConfigError(f"{target} cannot be imported: {said}\nCode of your own must be installed or on PYTHONPATH.")
     if isinstance(cause, TypeError) and "argument" in said:
         with suppress(Exception):
-            hint = f"\nIts arguments are {', '.join(_arguments(node))}."
+            hint = f"\nIts arguments are {', '.join(_arguments(node)) or 'those that fmexp gives alone'}."
     return ConfigError(f"{target} cannot be built: {said}{hint}")
 
 
@@ -533,7 +534,3 @@ def _check_model(node: DictConfig, model: nn.Module, images: Tensor, classes: in
 
 def _target(node: DictConfig) -> str:
     return str(node._target_).rpartition(".")[2]
-
-
-def _yaml(tree: dict[str, Any]) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(tree))

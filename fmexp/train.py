@@ -59,6 +59,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
 
 
 def batches_per_epoch(cfg: DictConfig, dataset: datasets.Dataset) -> int:
+    """How many batches an epoch has, the last of which may be smaller."""
     return math.ceil(datasets.length(dataset.train) / int(cfg.train.batch_size))
 
 

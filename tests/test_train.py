@@ -282,9 +282,10 @@ def test_a_run_that_diverges_says_where(objective: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_later_keeps_the_points_before(tmp_path: Path) -> None:
-    execute(small(*SCALARS, "model._target_=test_train.Bursts"), tmp_path)
+    value = execute(small(*SCALARS, "model._target_=test_train.Bursts", "objective=train/loss"), tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["status"], result["steps"]) == ("diverged", 10)
+    assert math.isnan(value)  # and not the last point before
+    assert (result["status"], result["steps"], result["objective"]) == ("diverged", 10, None)
     points = scalars(read_events(tmp_path), "train/loss")
     assert [step for step, _ in points] == [4, 8]
     assert all(math.isfinite(value) for _, value in points)

@@ -19,8 +19,7 @@ def model_graph(run: Run) -> None:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(said):
             warnings.simplefilter("ignore")  # torch speaks of its tracer's future
-            # Traced here, add_graph takes it as it is. Its own tracing would run the model a second time to compare, which
-            # takes most of a second for the same graph.
+            # add_graph takes what is traced as it is; by itself it would trace twice, to compare: most of a second.
             traced = torch.jit.trace(copy.deepcopy(run.model), run.batch[0], check_trace=False)
             run.writer.add_graph(traced, run.batch[0])
     except Exception as error:  # whatever a tracer raises on a model that it does not understand

@@ -34,22 +34,22 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     composed: dict[tuple[str, ...], Any] = {}
-    for number, line in enumerate(sys.stdin):
+    for line in sys.stdin:
         request = json.loads(line)
         words = tuple(arg for arg in request["args"] if not arg.startswith("hydra.run.dir="))
         if not request["cli"] and words not in composed:
             composed[words] = fmexp.compose(words)
         pid = os.fork()
         if pid == 0:
-            become(request, number, composed.get(words))
+            become(request, composed.get(words))
         print(json.dumps({"pid": pid}), flush=True)
         print(json.dumps({"status": os.waitpid(pid, 0)[1]}), flush=True)
 
 
-def become(request: dict[str, Any], number: int, cfg: Any) -> None:
+def become(request: dict[str, Any], cfg: Any) -> None:
     """Be the process that a command line starts: the same input and output, working folder and exit status.
 
-    Its clock is two seconds further than that of the one before, so that it need not wait for a new second to begin.
+    Its clock is set forward by as many seconds as the environment's RELIABILITY_CLOCK says.
     """
     import reliability_breaker
 
@@ -57,7 +57,7 @@ def become(request: dict[str, Any], number: int, cfg: Any) -> None:
 
     status = 1
     now = time.time
-    time.time = lambda: now() + 2 * number
+    time.time = lambda: now() + int(os.environ.get("RELIABILITY_CLOCK", 0))
     try:
         os.setsid()
         os.chdir(request["cwd"])

@@ -143,6 +143,15 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def alive(pid: int, number: int = 0) -> bool:
+    """Whether a process that the driver waits for is running; it is sent a signal with that."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def until(condition: Callable[[], Any], what: str) -> Any:
     """Wait for a condition, at most DEADLINE_S seconds, and return what it gave."""
     end = time.monotonic() + DEADLINE_S

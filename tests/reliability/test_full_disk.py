@@ -19,7 +19,7 @@ POINTS = {
     "graph": ({"match": "within events", "nth": 4}, 0, None),
     "embedding": ({"steps": 4, "match": "open 00004/default/tensors.tsv"}, 0, 3),
     "projector": ({"steps": 8, "match": "open projector_config.pbtxt"}, 0, 6),
-    "last events": ({"steps": 32, "match": "forward LeNet eval", "nth": 3}, 0, 32),
+    "last events": ({"steps": 32, "match": r"fsync \. done"}, 0, 32),
     "model": ({"steps": 32, "match": "open .model.pt.part"}, 4096, 32),
     "result": ({"steps": 32, "match": "open .result.json.part"}, 0, 32),
 }

@@ -1,6 +1,5 @@
 """A run that is asked to stop finishes its batch, saves itself, and says how to go on."""
 
-import os
 import re
 import shlex
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from reliability_tools import BARE, NO_STAGES, Driver, assert_same, environment, listing, until
+from reliability_tools import BARE, NO_STAGES, Driver, alive, assert_same, environment, listing, until
 
 from fmexp import stop
 from fmexp.stop import Stop
@@ -66,15 +65,11 @@ def test_second_signal_ends_at_once(driver: Driver, tmp_path: Path) -> None:
     args = (*NO_STAGES, "model=lenet", "model._target_=reliability_parts.Waits", f"hydra.run.dir={tmp_path / 'run'}")
     waiting = tmp_path / "waiting"
     pid = driver.start(*args, RELIABILITY_WAITING=str(waiting))
-    until(waiting.exists, "the fourth batch is not begun")
+    until(lambda: waiting.exists() or not alive(pid), "the fourth batch is not begun")
 
     def ended() -> bool:
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except ProcessLookupError:
-            return True
         time.sleep(0.1)
-        return False
+        return not alive(pid, signal.SIGTERM)
 
     until(ended, "the signals are ignored")
     assert driver.wait(pid).code == -signal.SIGTERM

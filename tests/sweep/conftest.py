@@ -1,5 +1,6 @@
 """Sweeps that several tests look at, each executed once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,14 @@ import pytest
 pytest.register_assert_rewrite("sweep_tools")
 
 from sweep_tools import GRID, SMALL, THREADS, Gate, Sweep  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_sweep_is_left() -> Iterator[None]:
+    """After a test that failed, end what it had started."""
+    yield
+    while Sweep.started:
+        Sweep.started.pop().kill()
 
 
 @pytest.fixture
@@ -25,4 +34,4 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """The same four, side by side in two processes."""
     root = tmp_path_factory.mktemp("parallel") / "sweep"
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    return Sweep(root, *SMALL, *THREADS, *GRID, *launcher, OMP_NUM_THREADS="8").end()
+    return Sweep(root, *SMALL, *THREADS, *GRID, *launcher, OMP_NUM_THREADS="8", CUDA_VISIBLE_DEVICES="7,9").end()

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fmexp.run import Run
 
-GATE = "SWEEP_GATE"  # a folder: while it has no file `open`, models creep from their sixth batch on
+# A folder: while it has no file `open`, models creep from their sixth batch on; while it has a file `hold-<tag>`, the
+# model of that tag stands still.
+GATE = "SWEEP_GATE"
 
 
 class Model(nn.Module):
@@ -44,7 +46,9 @@ class Model(nn.Module):
             gate = os.environ.get(GATE)
             if gate and self.batches > 5 and not Path(gate, "open").exists():
                 Path(gate, f"{self.tag}.{os.getpid()}").touch()
-                time.sleep(0.2)
+                time.sleep(0.5)
+                while Path(gate, f"hold-{self.tag}").exists():
+                    time.sleep(0.05)
         output: Tensor = self.layer(images.flatten(1))
         return output
 

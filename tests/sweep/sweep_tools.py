@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -19,9 +19,9 @@ DEADLINE_S = 120
 
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "logging=light", "device=cpu",
          "train.max_steps=8", "train.log_every=4", "model=mlp", "model.hidden=[8]")  # fmt: skip
-# Of 1,000 batches, which take some 200 s while the gate is closed; a checkpoint every five.
-OWN = ("dataset=synthetic", "dataset.train_size=2000", "dataset.test_size=40", "dataset.image_size=8", "logging=light",
-       "device=cpu", "train.batch_size=2", "train.checkpoint_every=5", "train.log_every=500", "model=lenet",
+# Of 300 batches, which take some 150 s while the gate is closed; a checkpoint every five.
+OWN = ("dataset=synthetic", "dataset.train_size=600", "dataset.test_size=40", "dataset.image_size=8", "logging=light",
+       "device=cpu", "train.batch_size=2", "train.checkpoint_every=5", "train.log_every=100", "model=lenet",
        "model._target_=sweep_parts.Model")  # fmt: skip
 GRID = ("optimizer=sgd,adam", "optimizer.lr=0.01,0.001")
 THREADS = ("+stage.threads._target_=sweep_parts.threads", "+stage.threads.on=end", "+stage.threads.required=true")
@@ -29,6 +29,8 @@ THREADS = ("+stage.threads._target_=sweep_parts.threads", "+stage.threads.on=end
 
 class Sweep:
     """A sweep as a process, what it prints, and its folder."""
+
+    started: ClassVar[list["Sweep"]] = []
 
     def __init__(self, root: Path, *words: str, **environ: str) -> None:
         self.root = root
@@ -42,6 +44,7 @@ class Sweep:
                 [sys.executable, "-m", "fmexp", "--multirun", *words, f"hydra.sweep.dir={root}"],
                 env=environment, cwd=root.parent, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self.started.append(self)
 
     @property
     def output(self) -> str:

@@ -45,7 +45,7 @@ def assert_as(truth: Path, root: Path, tags: str) -> None:
         ours, theirs = member(root, f"tag-{tag}"), member(truth, f"tag-{tag}")
         assert (ours / "model.pt").read_bytes() == (theirs / "model.pt").read_bytes(), tag
         assert result(ours)["metrics"] == result(theirs)["metrics"]
-        assert result(ours)["steps"] == 1000
+        assert result(ours)["steps"] == 300
         assert folder.read_config(ours)["model"]["tag"] == tag
         assert config.digest(folder.read_config(ours)) == result(ours)["config_digest"]
 
@@ -152,7 +152,7 @@ def test_sigkill_of_parent_and_workers_and_then_the_same_command(tmp_path: Path,
     (root / "2_tag-c").mkdir()  # what is left of a member that was killed before it had written anything
     (root / "2_tag-c" / ".lock").touch()
     with tensorboard(root) as ask:
-        assert {row["status"] for row in hparams(ask, 2).values()} == {"STATUS_RUNNING"}
+        assert {row["status"] for row in hparams(ask, 2).values()} == {"STATUS_UNKNOWN"}  # its word for no end
     second = Sweep(root, *words).end()
     assert "(1 to train, 2 to resume, 0 to skip)" in second.output
     assert resumed(member(root, "tag-a"))
@@ -170,14 +170,14 @@ def test_workers_whose_parent_was_killed_save_themselves_and_the_same_command_wa
     words = (*OWN, "+model.tag=a,b", *JOBLIB)
     first = Sweep(root, *words, **gate.environ)
     pids = gate.until_waiting(first, 2)
-    os.kill(pids["a"], signal.SIGSTOP)  # so that it cannot see that it is alone
+    (gate.folder / "hold-a").touch()  # so that it cannot finish its batch
     first.kill()
     until(lambda: not alive(pids["b"]), "the other worker's end")
     assert [m.status for m in sweep.read(root)] == ["in flight", "interrupted"]
     assert "stopped by SIGTERM" in (member(root, "tag-b") / "fmexp.log").read_text()
     second = Sweep(root, *words)
     until(lambda: f"0_tag-a: waiting for process {pids['a']} on" in second.output, "word of waiting", second)
-    os.kill(pids["a"], signal.SIGCONT)
+    (gate.folder / "hold-a").unlink()
     second.end()
     assert not alive(pids["a"])
     assert resumed(member(root, "tag-a"))

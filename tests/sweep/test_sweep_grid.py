@@ -152,6 +152,7 @@ def test_side_by_side_the_members_share_the_cores(grid: Sweep, parallel: Sweep) 
     cores = len(os.sched_getaffinity(0))
     assert {one["threads"] for one in noted} == {max(1, cores // 2)}  # OMP_NUM_THREADS was 8
     assert len({one["pid"] for one in noted}) == 2
+    assert {one["cuda"] for one in noted} == {"7", "9"}, "a GPU each"
     assert {json.loads((path / "noted.json").read_text())["pid"] for path in members(grid.root)} == {grid.process.pid}
 
 

@@ -42,9 +42,9 @@ def put_back_at_once(job: str, gate: Gate, tag: str, started: Sweep) -> None:
 
 
 def test_preempted_and_warned_members_go_on_from_their_checkpoints(tmp_path: Path, gate: Gate) -> None:
-    truth = Sweep(tmp_path / "truth", *OWN, "+model.tag=a,b,c")
+    truth = Sweep(tmp_path / "truth", *OWN, "+model.tag=a,b")
     root = tmp_path / "sweep"
-    first = Sweep(root, *OWN, "+model.tag=a,b,c", *SLURM, **gate.environ)
+    first = Sweep(root, *OWN, "+model.tag=a,b", *SLURM, **gate.environ)
     submitted = jobs(first)
     gate.until_waiting(first, 2)
     until(lambda: all((member(root, f"tag-{t}") / "checkpoint.pt").exists() for t in "ab"), "checkpoints", first)
@@ -60,11 +60,11 @@ def test_preempted_and_warned_members_go_on_from_their_checkpoints(tmp_path: Pat
         assert f"stopped by {reason}" in text
         assert "going on from the checkpoint at step" in text
         assert text.count("python -m fmexp --multirun") == 1, "the command that goes on with the sweep"
-    for tag in "abc":
+    for tag in "ab":
         ours, theirs = member(root, f"tag-{tag}"), member(truth.root, f"tag-{tag}")
         assert (ours / "model.pt").read_bytes() == (theirs / "model.pt").read_bytes()
         assert result(ours)["metrics"] == result(theirs)["metrics"]
-    assert "sweep: 3 of 3 members done, 0 failed, 0 running" in first.output
+    assert "sweep: 2 of 2 members done, 0 failed, 0 running" in first.output
 
 
 def test_jobs_in_flight_are_not_submitted_twice_and_a_cancelled_one_has_failed(tmp_path: Path, gate: Gate) -> None:
