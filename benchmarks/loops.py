@@ -8,6 +8,7 @@ The last line of its output is JSON: seconds by name, one of each a pair. benchm
 
 import gc
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from fmexp import compose, events, execute, train
-from fmexp.run import build
+from fmexp.run import Run, build
 
 DEFAULT_THREADS = torch.get_num_threads()
 
@@ -48,26 +49,47 @@ def bare(overrides: list[str], batches: int, threads: int) -> float:
 
 
 def ours(overrides: list[str], batches: int) -> float:
-    """Seconds of fmexp's own loop in a whole run: with running losses, figures and checkpoints, without evaluation."""
-    seconds, original = 0.0, train.train
+    """Seconds of fmexp's own loop in a whole run, with running losses, figures and checkpoints.
 
-    def timed(run: object, *, on_epoch: Callable[[], None], **moments: Callable[[], None]) -> None:
+    The end of the run is left out: its evaluation and checkpoint come once an epoch, however few `batches` are timed
+    here. What happens at each running loss counts as often as it does in a long run, once in train.log_every batches.
+    """
+    cfg = compose([*overrides, f"train.max_steps={batches}"])
+    original, logs = train.train, []
+    seconds = apart = 0.0  # apart is what does not count
+
+    def timed(run: Run, **moments: Callable[[], None]) -> None:
         nonlocal seconds
 
-        def epoch() -> None:
-            nonlocal seconds
+        def took(moment: str) -> float:
             start = time.perf_counter()
-            on_epoch()
-            seconds -= time.perf_counter() - start
+            moments[moment]()
+            return time.perf_counter() - start
+
+        def on_log() -> None:
+            logs.append(took("on_log"))
+
+        def on_epoch() -> None:
+            nonlocal apart
+            apart += took("on_epoch")
+
+        def on_step() -> None:
+            nonlocal apart
+            if run.step == batches:
+                apart += took("on_step")
+            else:
+                moments["on_step"]()
 
         began = time.perf_counter()
-        original(run, on_epoch=epoch, **moments)
-        seconds += time.perf_counter() - began
+        original(run, on_log=on_log, on_epoch=on_epoch, on_step=on_step)
+        seconds = (
+            time.perf_counter() - began - apart - sum(logs) + statistics.mean(logs) * batches / cfg.train.log_every
+        )
 
     train.train = timed
     try:
         with tempfile.TemporaryDirectory() as folder:
-            execute(compose([*overrides, f"train.max_steps={batches}"]), folder)
+            execute(cfg, folder)
     finally:
         train.train = original
     return seconds

@@ -5,7 +5,10 @@ time, or are any map-style torch Dataset of (float image, label), which then goe
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +184,9 @@ def cifar10(root: str, download: bool = True, mirrors: Sequence[str] = ()) -> Da
         archive = files.Remote(CIFAR10.filename, CIFAR10.tgz_md5)
         files.fetch([archive], folder, mirrors, download=download, hint=HINT)
         files.open_checked(folder, archive)
-        extract_archive(str(folder / archive.name), str(folder))
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked, suppress(OSError):  # another process may be first
+            extract_archive(str(folder / archive.name), unpacked)
+            os.rename(Path(unpacked) / CIFAR10.base_folder, folder / CIFAR10.base_folder)
     try:
         splits = [CIFAR10(root, train=train) for train in (True, False)]
     except RuntimeError as error:

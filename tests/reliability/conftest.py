@@ -18,6 +18,14 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="session")
+def other_driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """A second one, for two processes at once."""
+    driver = Driver(tmp_path_factory.mktemp("driver"))
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
 def truth(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The folder of the uninterrupted run of some overrides, executed once; "cli" first: through the command line."""
     known: dict[tuple[str, ...], Path] = {}

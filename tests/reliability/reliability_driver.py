@@ -38,7 +38,8 @@ def main() -> None:
         request = json.loads(line)
         words = tuple(arg for arg in request["args"] if not arg.startswith("hydra.run.dir="))
         if not request["cli"] and words not in composed:
-            composed[words] = fmexp.compose(words)
+            with contextlib.suppress(Exception):  # the process itself will find it
+                composed[words] = fmexp.compose(words)
         pid = os.fork()
         if pid == 0:
             become(request, composed.get(words))
@@ -74,7 +75,8 @@ def become(request: dict[str, Any], cfg: Any) -> None:
         else:
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
             fmexp.execute(
-                cfg, next(arg.partition("=")[2] for arg in request["args"] if arg.startswith("hydra.run.dir="))
+                cfg or fmexp.compose(request["args"]),
+                next(arg.partition("=")[2] for arg in request["args"] if arg.startswith("hydra.run.dir=")),
             )
         status = 0
     except FmexpError as error:
