@@ -120,3 +120,9 @@ def augmented(**arguments: int) -> Dataset:
 def bad_metric(run: Run, *, value: str) -> None:
     """A stage that keeps a metric which is NumPy's, or not finite."""
     run.scalar("own/metric", np.float64(value))
+
+
+def fails_when_told(run: Run) -> None:
+    """A stage that fails where the environment says so."""
+    if os.environ.get("RELIABILITY_FAIL"):
+        raise RuntimeError("told to fail")

@@ -7,12 +7,12 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability_tools import RICH, Driver, default_signals, digest, environment, until
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, default_signals, digest, environment, until
 
 # All stages write at each running loss, so that before and after a kill there is something of each kind.
 ALL = (*RICH, "stage.pr_curves.on=log", "stage.predictions.on=log", "stage.per_class_accuracy.on=log",
@@ -150,15 +150,13 @@ def test_a_resumed_run_looks_like_any_other(tensorboard: TensorBoard, name: str)
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
-def test_a_server_that_has_watched_the_kill(
-    driver: Driver, logdir: Path, tmp_path: Path, fast: bool, request: pytest.FixtureRequest
-) -> None:
+def test_a_server_that_has_watched_the_kill(driver: Driver, tmp_path: Path, fast: bool) -> None:
     """It has read points beyond the checkpoint, and must forget them when the run goes on."""
     folder = tmp_path / "watched"
     args = (*ALL, f"hydra.run.dir={folder}")
     plan = [{"steps": 14, "match": "batch trained", "do": "KILL"}]  # points of step 12, a checkpoint of 12
     assert driver.run(*args, plan=plan).code == -9
-    plan = [{"steps": 2, "match": "rename .checkpoint.pt.part$", "do": "KILL"}]  # points of step 16, a checkpoint of 15
+    plan = [{"steps": 4, "match": "rename .checkpoint.pt.part$", "do": "KILL"}]  # points of step 16, a checkpoint of 15
     assert driver.run(*args, plan=plan).code == -9
     server = TensorBoard(tmp_path, fast)
 
@@ -176,29 +174,23 @@ def test_a_server_that_has_watched_the_kill(
     server.close()
 
 
-def test_a_run_that_diverged_or_goes_on_has_one_row(driver: Driver, tmp_path: Path) -> None:
-    def run(name: str, *more: str, **how: Any) -> int:
-        return driver.run(*ALL, *more, f"hydra.run.dir={tmp_path / name}", **how).code
-
-    explodes: Callable[..., int] = lambda **how: run(
-        "diverged", "model._target_=reliability_parts.Explodes", "stage.projector.features=null", **how
-    )
-    assert explodes(plan=[{"steps": 9, "match": "batch trained", "do": "KILL"}]) == -9
-    assert explodes() == 0
-    assert run("unfinished", plan=[{"steps": 9, "match": "batch trained", "do": "KILL"}]) == -9
-    # It fails, is mended and goes on: its first status must not stay.
-    stage = "stage.projector.features=nowhere"
-    assert run("failed", stage, "stage.projector.on=end", "stage.projector.required=true") == 1
-    server = TensorBoard(tmp_path, True)
-    until(lambda: server.process.poll() is None and _rows(server) >= 3, "TensorBoard does not show the runs")
-    assert server.statuses() == {
-        "diverged": "STATUS_FAILURE", "unfinished": "STATUS_UNKNOWN", "failed": "STATUS_FAILURE",
-    }  # fmt: skip
-    server.close()
-
-
-def _rows(server: TensorBoard) -> int:
-    try:
-        return len(server.statuses())
-    except (urllib.error.URLError, ConnectionError, KeyError):
-        return 0
+def test_one_row_a_run_with_its_true_status(driver: Driver, tmp_path: Path) -> None:
+    killed = [{"steps": 9, "match": "batch trained", "do": "KILL"}]
+    failing = "+stage.own={_target_: reliability_parts.fails_when_told, on: epoch, required: true}"
+    told = {"RELIABILITY_FAIL": "1"}
+    folder = {name: f"hydra.run.dir={tmp_path / name}" for name in ("diverged", "unfinished", "failed", "mended")}
+    explodes = (*NO_STAGES, "model=lenet", "model._target_=reliability_parts.Explodes", folder["diverged"])
+    assert driver.run(*explodes, plan=killed).code == -9
+    assert driver.run(*explodes).code == 0
+    assert driver.run(*BARE, folder["unfinished"], plan=killed).code == -9
+    for name in ("failed", "mended"):
+        assert driver.run(*BARE, failing, folder[name], **told).code == 1
+    assert driver.run(*BARE, failing, folder["mended"]).code == 0
+    for fast in (True, False):
+        server = TensorBoard(tmp_path, fast)
+        until(lambda server=server: server.knows("mended") and len(server.statuses()) == 4, "no runs are shown")
+        assert server.statuses() == {
+            "diverged": "STATUS_FAILURE", "unfinished": "STATUS_RUNNING", "failed": "STATUS_FAILURE",
+            "mended": "STATUS_SUCCESS",
+        }  # fmt: skip
+        server.close()
