@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
 from program import CHECKOUT, Finished, call, environment, run
+from tools import SMALL
 
 from fmexp.errors import FmexpError
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SMALL, read_events, scalars, weights, write_idx_splits
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from program import CHECKOUT, OWN_PROJECT, PYTHON, Finished, call, environment, run, start
 from program import finish as finished
+from tools import SMALL, read_events, scalars, weights, write_idx_splits
 
 from fmexp import cli, compose
 from fmexp.config import conf_dir, resolved

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import read_events, scalars, small, write_cifar10, write_idx_splits
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tools import read_events, scalars, small, write_cifar10, write_idx_splits
 from torch.utils.tensorboard import SummaryWriter
 
 import fmexp.launcher  # noqa: F401  # registers what recipes choose of hydra/sweeper

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torchvision.datasets
 import torchvision.transforms
-from conftest import assert_same_weights, small, write_cifar10, write_idx, write_idx_splits
 from PIL import Image
+from tools import assert_same_weights, small, write_cifar10, write_idx, write_idx_splits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_events, small
 from numpy.typing import NDArray
 from tensorboard.util.tensor_util import make_ndarray
+from tools import read_events, small
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import pr_curve
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_weights, read_events, scalars, small
 from omegaconf import OmegaConf
+from tools import assert_same_weights, read_events, scalars, small
 from torch import Tensor, nn
 
 from fmexp import backend, config, datasets, execute, models, train

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small
 from hydra.utils import instantiate
+from tools import small
 from torch import nn
 
 from fmexp import compose, execute

@@ -11,9 +11,9 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
 from omegaconf import OmegaConf
 from program import CHECKOUT, environment, run
+from tools import SMALL
 
 import fmexp
 

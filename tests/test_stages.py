@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, read_events, scalars, small
 from google.protobuf import text_format
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.util.tensor_util import make_ndarray
+from tools import assert_same_weights, read_events, scalars, small
 from torch import Tensor, nn
 
 import fmexp.figures

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_weights, read_events, scalars, small, weights
+from tools import assert_same_weights, read_events, scalars, small, weights
 from torch import Tensor, nn
 
 import fmexp

@@ -40,6 +40,20 @@ def test_everything_that_is_written(driver: Driver, truth: Callable[..., Path], 
     for steps in (1, 5, 7, 12, 13):
         plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
         assert driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan).code == -9
+    plan = [{"match": "open .model.pt.part", "do": "KILL"}]  # so that the last process trains no batch
+    assert driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan).code == -9
     ended = driver.run(*RICH, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.output
     assert_same(folder, truth(*RICH))
+
+
+@pytest.mark.slow
+def test_compiled(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    """A compiled step, with a last batch of another size, which it may be compiled for anew."""
+    args = (*NO_STAGES, *MODELS["mlp"], "train.compile=true", "dataset.train_size=66")
+    folder = tmp_path / "run"
+    for steps in (5, 16):
+        plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
+        assert driver.run(*args, f"hydra.run.dir={folder}", plan=plan).code == -9
+    assert driver.run(*args, f"hydra.run.dir={folder}").code == 0
+    assert_same(folder, truth(*args))

@@ -190,7 +190,7 @@ def test_one_row_a_run_with_its_true_status(driver: Driver, tmp_path: Path) -> N
         server = TensorBoard(tmp_path, fast)
         until(lambda server=server: server.knows("mended") and len(server.statuses()) == 4, "no runs are shown")
         assert server.statuses() == {
-            "diverged": "STATUS_FAILURE", "unfinished": "STATUS_RUNNING", "failed": "STATUS_FAILURE",
+            "diverged": "STATUS_FAILURE", "unfinished": "STATUS_UNKNOWN", "failed": "STATUS_FAILURE",
             "mended": "STATUS_SUCCESS",
         }  # fmt: skip
         server.close()

@@ -1,0 +1,104 @@
+"""What the tests share: short runs on small drawn data, and reading back what they wrote."""
+
+import hashlib
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig, open_dict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import CIFAR10
+
+from fmexp import compose
+
+SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu")
+
+
+def small(*overrides: str) -> DictConfig:
+    """A configuration of 16 batches on drawn data; every stage's failure ends the run."""
+    cfg = compose([*SMALL, *overrides])
+    for stage in cfg.stage.values():
+        with open_dict(stage):
+            stage.required = True
+    return cfg
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    """All that a run wrote for TensorBoard, nothing sampled away."""
+    everything = {"scalars": 0, "images": 0, "tensors": 0, "graph": True}
+    return EventAccumulator(str(folder), size_guidance=everything).Reload()
+
+
+def scalars(accumulator: Any, tag: str) -> list[tuple[int, float]]:
+    """The (step, value) of every point of a scalar."""
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
+    """Write an unpacked IDX file of bytes, as MNIST's are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def write_idx_splits(root: Path, name: str) -> dict[str, NDArray[np.uint8]]:
+    """Write a small dataset of 24 + 12 random images of 28x28 where torchvision keeps `name` under `root`.
+
+    Returns:
+        the arrays by file name, such as train-images-idx3-ubyte.
+    """
+    rng = np.random.default_rng(len(name))
+    arrays = {}
+    for split, count in (("train", 24), ("t10k", 12)):
+        arrays[f"{split}-images-idx3-ubyte"] = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        arrays[f"{split}-labels-idx1-ubyte"] = (np.arange(count) % 10).astype(np.uint8)
+    for file, array in arrays.items():
+        write_idx(root / name / "raw" / file, array)
+    return arrays
+
+
+def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[NDArray[np.uint8], list[int]]:
+    """Write 5 x 4 + 8 random images in CIFAR-10's unpacked form under `root`, and let torchvision expect these files.
+
+    Returns:
+        images [28, 3, 32, 32] and labels, the training ones first.
+    """
+    rng = np.random.default_rng(10)
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+
+    def write(name: str, content: dict[str, Any]) -> list[str]:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data, usedforsecurity=False).hexdigest()]
+
+    parts = []
+    for name, count in [*((f"data_batch_{number}", 4) for number in range(1, 6)), ("test_batch", 8)]:
+        content = {"data": rng.integers(0, 256, (count, 3072), np.uint8), "labels": rng.integers(0, 10, count).tolist()}
+        parts.append((write(name, content), content))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    meta = write("batches.meta", {"label_names": names})
+    monkeypatch.setattr(CIFAR10, "train_list", [entry for entry, _ in parts[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [entry for entry, _ in parts[5:]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    images = np.concatenate([content["data"] for _, content in parts]).reshape(-1, 3, 32, 32)
+    return images, [label for _, content in parts for label in content["labels"]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's model.pt."""
+    state: dict[str, torch.Tensor] = torch.load(folder / "model.pt", weights_only=True)
+    return state
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    """Compare the bits of every tensor of two runs' model.pt."""
+    state, expected = weights(ours), weights(theirs)
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert tensor.numpy().tobytes() == expected[name].numpy().tobytes(), name
