@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from fmexp import compose, events, execute, train
-from fmexp.run import Run, build
+from fmexp.build import build
+from fmexp.run import Run
 
 DEFAULT_THREADS = torch.get_num_threads()
 

@@ -9,7 +9,7 @@ __all__ = ["compose", "execute"]
 def __getattr__(name: str) -> object:
     """Import `execute`, and torch with it, when it is first asked for."""
     if name == "execute":
-        from fmexp.run import execute
+        from fmexp.execution import execute
 
         return execute
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> float:
     try:
         if single:  # execute does so too, but after some seconds of importing torch; members were checked together
             config.check(cfg)
-        from fmexp.run import execute  # torch is imported here, and not for --help or --cfg
+        from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
         with beside_the_bar():
             return execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))

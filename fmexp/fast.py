@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmexp import datasets, train
-
-if TYPE_CHECKING:
-    from fmexp.run import Run
+from fmexp.run import Run, looking
 
 log = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def whole_batches(run: "Run") -> Step:
+def whole_batches(run: Run) -> Step:
     """The step for batches of train.batch_size as run.backend has it; where that fails, the plain one, and it is said.
 
     Trying it changes nothing of the run but run.backend.compiled.
     """
-    from fmexp.run import looking
-
     size = run.cfg.train.batch_size
     whole = datasets.length(run.dataset.train) >= size
     if run.backend.compiled and whole:

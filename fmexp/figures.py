@@ -1,16 +1,13 @@
 """Matplotlib figures for TensorBoard, drawn without pyplot and its global state."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from fmexp.run import Run
+from fmexp.run import Run
 
 
-def add_figure(run: "Run", tag: str, figure: Figure) -> None:
+def add_figure(run: Run, tag: str, figure: Figure) -> None:
     """Draw a figure and write it as an image at the run's step."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import hydra.utils
 import torch
@@ -14,9 +13,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from fmexp import datasets
-
-if TYPE_CHECKING:
-    from fmexp.run import Run
+from fmexp.run import Run
 
 
 class DivergedError(Exception):
@@ -70,7 +67,7 @@ def total_steps(cfg: DictConfig, dataset: datasets.Dataset) -> int:
 
 
 def train(
-    run: "Run",
+    run: Run,
     *,
     on_log: Callable[[], None],
     on_epoch: Callable[[], None],
@@ -119,7 +116,7 @@ def train(
                     break
 
 
-def latest_batch(run: "Run") -> tuple[Tensor, Tensor]:
+def latest_batch(run: Run) -> tuple[Tensor, Tensor]:
     """The batch that a run which has trained was trained on last, made again."""
     cfg, count = run.cfg.train, datasets.length(run.dataset.train)
     epoch, position = divmod(run.step - 1, batches_per_epoch(run.cfg, run.dataset))

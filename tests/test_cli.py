@@ -19,8 +19,8 @@ from program import finish as finished
 from tools import SMALL, read_events, scalars, weights, write_idx_splits
 
 from fmexp import cli, compose
+from fmexp.build import build
 from fmexp.config import conf_dir, resolved
-from fmexp.run import build
 
 SCRIPT = Path(sys.executable).with_name("fmexp")
 QUICK = (*SMALL, "logging=light", "train.max_steps=4")

@@ -1,0 +1,122 @@
+"""Building a run from a configuration, with a message for whatever cannot be built."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import hydra.utils
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fmexp import backend, datasets, randomness
+from fmexp import train as training
+from fmexp.errors import ConfigError, FmexpError
+from fmexp.run import Run, Stage, looking
+
+
+def build(cfg: DictConfig) -> Run:
+    """Build all that a run is made of, and touch no folder.
+
+    Raises:
+        ConfigError, DataError: something cannot be built; the message names the key and the way out.
+    """
+    device = backend.find_device(cfg.device)
+    randomness.seed_all(cfg.seed)
+    stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
+    _bound("logging", cfg.logging, cfg.logging, log_dir="", comment="", purge_step=None)
+    try:
+        dataset = datasets.load(cfg.dataset)
+    except Exception as error:
+        raise _unbuildable("dataset", cfg.dataset, error) from error
+    _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
+    datasets.check(dataset)
+    shape, classes = dataset.input_shape, len(dataset.classes)
+    given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
+    randomness.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
+    try:
+        model = hydra.utils.instantiate(cfg.model, _convert_="all", input_shape=shape, num_classes=classes)
+    except Exception as error:
+        raise _unbuildable("model", cfg.model, error, given) from error
+    _check_kind("model", cfg.model, model, nn.Module)
+    model = model.to(device)
+    with randomness.forked(randomness.key(cfg.seed, "batch")):
+        dataset = dataset.to(device)
+        images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
+    with looking(model, cfg.seed):
+        _check_model(cfg.model, model, images[:2], classes, given)
+        steps = training.total_steps(cfg, dataset)
+        how = backend.choose(model, images[:2], cfg.train.batch_size, compiled=cfg.train.compile, steps=steps)
+    try:
+        optimizer = training.build_optimizer(cfg.optimizer, model)
+    except Exception as error:
+        raise _unbuildable("optimizer", cfg.optimizer, error) from error
+    _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
+    return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how)
+
+
+def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:
+    """The message for a target that cannot be imported or called, from Hydra's chain of exceptions."""
+    cause: BaseException = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, FmexpError):
+        return cause
+    target, said = f"{key}._target_={node._target_}", str(cause) or type(cause).__name__
+    hint = f"\n{given}." if given else ""
+    if isinstance(cause, ImportError | InstantiationException):
+        return ConfigError(f"{target} cannot be imported: {said}\nCode of your own must be installed or on PYTHONPATH.")
+    if isinstance(cause, TypeError) and "argument" in said:
+        with suppress(Exception):
+            hint = f"\nIts arguments are {', '.join(_arguments(node)) or 'those that fmexp gives alone'}."
+    return ConfigError(f"{target} cannot be built: {said}{hint}")
+
+
+def _arguments(node: DictConfig) -> list[str]:
+    """The names of a target's arguments, but for those that fmexp gives it."""
+    ours = ("run", "params", "input_shape", "num_classes", "log_dir")
+    return [name for name in inspect.signature(hydra.utils.get_method(node._target_)).parameters if name not in ours]
+
+
+def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> Callable[..., Any]:
+    """The target of `node` with its arguments, after a check that it can be imported and takes them."""
+    try:
+        function: partial[Any] = hydra.utils.instantiate(arguments, _partial_=True, _convert_="all")
+        inspect.signature(function.func).bind(*given, *function.args, **{**function.keywords, **known})
+    except Exception as error:
+        raise _unbuildable(key, node, error) from error
+    return function
+
+
+def _stage(name: str, node: DictConfig) -> Stage:
+    arguments = {k: v for k, v in node.items() if k not in ("enabled", "on", "required")}
+    function = _bound(f"stage.{name}", node, arguments, None)
+    return Stage(name, str(getattr(node.on, "name", node.on)), bool(node.get("required", False)), function)
+
+
+def _check_kind(key: str, node: DictConfig, made: object, kind: type) -> None:
+    if not isinstance(made, kind):
+        needed = f"{kind.__module__}.{kind.__qualname__}"
+        raise ConfigError(f"{key}._target_={node._target_} returned {type(made).__name__} where {needed} is needed.")
+
+
+def _check_model(node: DictConfig, model: nn.Module, images: Tensor, classes: int, given: str) -> None:
+    try:
+        with torch.no_grad():
+            shape = tuple(model(images).shape)
+    except Exception as error:
+        raise ConfigError(f"model._target_={node._target_} cannot take the images: {given}. {error}") from error
+    if shape != (len(images), classes):
+        raise ConfigError(
+            f"model._target_={node._target_} returns {shape} for {len(images)} images where logits "
+            f"({len(images)}, {classes}) are needed: {given}."
+        )
+
+
+def target(node: DictConfig) -> str:
+    """The last word of what a part of the configuration names, such as LeNet."""
+    return str(node._target_).rpartition(".")[2]

@@ -1,0 +1,318 @@
+"""Executing a run in a folder through its moments (start, log, epoch, end), and going on with it after a stop."""
+
+import importlib.metadata
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+
+import fmexp
+from fmexp import checkpoint, config, datasets, disk, events, folder, randomness
+from fmexp import train as training
+from fmexp.build import build, target
+from fmexp.errors import FmexpError
+from fmexp.run import Run, disk_full
+from fmexp.stop import Stop
+
+log = logging.getLogger(__name__)
+
+
+def execute(
+    cfg: DictConfig,
+    output_dir: str | Path,
+    *,
+    hydra_files: Mapping[str, DictConfig | ListConfig] | None = None,
+    resume_command: str = "",
+) -> float:
+    """Execute the run of a composed configuration in a folder, or go on with it, and return its objective.
+
+    The folder holds afterwards: .hydra/config.yaml, fmexp.log, events.out.tfevents.*, model.pt and result.json.
+    A run that is complete there already returns what it had; one that diverged returns NaN.
+
+    Args:
+        hydra_files: more files for .hydra/, by name.
+        resume_command: what to type to go on, printed when a signal stops the run.
+
+    Raises:
+        ConfigError, DataError: the run cannot begin; the folder is as it was.
+        SystemExit: a signal stopped the run after it had saved itself; the status is 128 + the signal's number.
+    """
+    config.check(cfg)
+    tree = config.resolved(cfg)
+    output_dir = Path(output_dir).absolute()
+    folder.check_identity(output_dir, tree, resume=cfg.resume)
+    if (objective := _finished(output_dir)) is not None:
+        return objective
+    run = build(cfg)
+    with folder.locked(output_dir), _log_file(output_dir / "fmexp.log"), events.silent_writer(), Stop() as stop:
+        folder.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
+        if (objective := _finished(output_dir)) is not None:
+            return objective
+        state = checkpoint.load(output_dir)
+        if state:  # .hydra/, which check_identity reads, may have been removed
+            folder.check_same(output_dir, state["config"], tree)
+        try:
+            return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
+        except Exception as error:
+            if full := disk_full(error):
+                raise FmexpError(
+                    f"The disk is full: {output_dir} ({full}). What the last checkpoint holds is safe; make space, "
+                    f"then go on with\n  {resume_command or 'the same call'}"
+                ) from error
+            log.exception("the run failed at step %d", run.step)
+            with suppress(OSError):
+                _write_result(run, output_dir, tree, "failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+
+class _Execution:
+    """One process's work on a run: from where its folder stands to the end, or to a signal."""
+
+    def __init__(self, run: Run, output_dir: Path, tree: dict[str, Any], stop: Stop, resume_command: str) -> None:
+        self.run, self.output_dir, self.tree, self.stop = run, output_dir, tree, stop
+        self.resume_command = resume_command
+        self.started = time.monotonic()
+        self.saved, self.cost = self.started, 0.05  # when the last checkpoint was written, and the seconds that it took
+        self.checkpoint_every = run.cfg.train.checkpoint_every  # here, for OmegaConf takes its time at every step
+        self.read_back = True  # whether the next checkpoint is the first of this process
+
+    def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
+        """Go on from a checkpoint's state, or begin; return the objective."""
+        run = self.run
+        begun = state or folder.holds_run(self.output_dir)
+        disk.clear((self.output_dir / folder.CONFIG).parent)
+        text = folder.write_config(self.output_dir, self.tree, hydra_files)
+        (self.output_dir / folder.RESULT).unlink(missing_ok=True)
+        if begun:  # else what stands here is not ours
+            disk.clear(self.output_dir)
+            events.rewind(self.output_dir, state["events"] if state else events.EMPTY)
+        if state:
+            self._restore(state)
+        run.output_dir = self.output_dir
+        run.writer = events.open_writer(run.cfg.logging, self.output_dir, step=run.step if state else None)
+        try:
+            self._announce(resumed=state is not None)
+            with run.backend.applied():
+                if not state:
+                    events.write_hparams(run.writer, self.output_dir, self.tree)
+                    run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{text}```", 0)
+                    run.happen("start")
+                else:  # as the last thing before training, so that nothing draws from it in between
+                    randomness.restore(state["random"])
+                try:
+                    training.train(run, on_log=self._log, on_epoch=self._epoch, on_step=self._step)
+                    run.happen("end")
+                    status = "complete"
+                except training.DivergedError as diverged:
+                    log.error("the run diverged: %s. A smaller optimizer.lr is the usual cure.", diverged)
+                    status, run.step = "diverged", diverged.step
+            return self._finish(status)
+        except BaseException as error:
+            with suppress(Exception):  # a writer on a full disk raises once more
+                if isinstance(error, Exception) and not disk_full(error):
+                    events.write_status(run.writer, complete=False)
+                run.writer.close()
+            raise
+
+    def _finish(self, status: str) -> float:
+        run = self.run
+        run.seconds += time.monotonic() - self.started
+        run.writer.add_scalar("seconds", run.seconds, run.step)
+        events.write_status(run.writer, status == "complete")
+        events.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
+        run.writer.close()
+        if status == "complete":
+            with disk.whole(self.output_dir / "model.pt") as file:
+                torch.save(run.model.state_dict(), file)
+        objective = _write_result(run, self.output_dir, self.tree, status)
+        checkpoint.discard(self.output_dir)
+        self._conclude(status)
+        return objective
+
+    def _log(self) -> None:
+        run = self.run
+        loss = training.mean_loss(run.losses, run.step)
+        run.losses.clear()
+        run.scalar(run.cfg.train.tag, loss)
+        log.info("step %d: %s %.4f", run.step, run.cfg.train.tag, loss)
+        run.happen("log")
+
+    def _epoch(self) -> None:
+        run = self.run
+        if run.losses:
+            training.mean_loss(run.losses, run.step)  # what has diverged is not evaluated
+        run.scalar("test/loss", run.evaluation.loss)
+        run.scalar("test/accuracy", run.evaluation.accuracy)
+        best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone
+        run.scalar(best, max(run.evaluation.accuracy, run.metrics.get(best, 0.0)))
+        log.info(
+            "epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, run.evaluation.accuracy, run.evaluation.loss
+        )
+        run.happen("epoch")
+
+    def _step(self) -> None:
+        run, every = self.run, self.checkpoint_every
+        due = run.step % every == 0 if every else time.monotonic() > self.saved + max(1.0, 100 * self.cost)
+        if due or run.position == 0 or self.stop.signal:
+            self._save()
+        if self.stop.signal:
+            run.writer.close()
+            log.warning("stopped by %s after step %d; go on with\n  %s",
+                        self.stop.signal.name, run.step, self.resume_command or "the same call")  # fmt: skip
+            self.stop.leave()
+
+    def _save(self) -> None:
+        run, began = self.run, time.monotonic()
+        if run.losses:
+            training.mean_loss(run.losses, run.step)  # nothing that has diverged is kept
+        state = {
+            "events": events.snapshot(run.writer, self.output_dir),
+            "config": self.tree,
+            "config_digest": config.digest(self.tree),
+            "step": run.step,
+            "epoch": run.epoch,
+            "position": run.position,
+            "losses": torch.stack(run.losses).cpu() if run.losses else torch.empty(0),
+            "metrics": run.metrics,
+            "failures": run.failures,
+            "seconds": run.seconds + began - self.started,
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "random": randomness.capture(),
+            "backend": asdict(run.backend),
+            "versions": versions(),
+        }
+        checkpoint.save(self.output_dir, state, read_back=self.read_back)
+        self.read_back = False
+        self.saved = time.monotonic()
+        self.cost = self.saved - began
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        run = self.run
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
+        run.losses = list(state["losses"].to(run.device))
+        run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]
+        kept = {name: state["backend"][name] for name in ("threads", "onednn", "compiled")}
+        run.backend = replace(run.backend, **kept)
+        if changed := run.backend.changed(state["backend"]):
+            log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))
+        if run.step:
+            run.batch = training.latest_batch(run)
+
+    def _announce(self, resumed: bool) -> None:
+        run = self.run
+        data, cfg = run.dataset, run.cfg
+        channels, height, width = data.input_shape
+        settings = ", ".join(f"{k} {v}" for k, v in self.tree["optimizer"].items() if k != "_target_" and v)
+        log.info("data       %s", data.description or target(cfg.dataset))
+        log.info("           %s training + %s test images of %dx%dx%d, %d classes", f"{datasets.length(data.train):,}",
+                 f"{datasets.length(data.test):,}", channels, height, width, len(data.classes))  # fmt: skip
+        log.info(
+            "model      %s, %s parameters", target(cfg.model), f"{sum(p.numel() for p in run.model.parameters()):,}"
+        )
+        log.info("optimizer  %s, %s", target(cfg.optimizer), settings)
+        log.info(
+            "training   %s batches of %d, %s", f"{training.total_steps(cfg, data):,}", cfg.train.batch_size, run.backend
+        )
+        log.info("stages     %s", ", ".join(f"{stage.name} ({stage.on})" for stage in run.stages) or "none")
+        log.info("folder     %s", shown(self.output_dir))
+        if resumed:
+            log.info("going on from the checkpoint at step %d", run.step)
+
+    def _conclude(self, status: str) -> None:
+        run = self.run
+        for name, problem in run.failures.items():
+            log.warning("stage %s failed, %s", name, problem)
+        if status == "complete":
+            accuracy, loss = run.metrics["test/accuracy"], run.metrics["test/loss"]
+            log.info(
+                "test accuracy %.4f, test loss %.4f after %s batches in %.1f s",
+                accuracy,
+                loss,
+                f"{run.step:,}",
+                run.seconds,
+            )
+        log.info(
+            "written to %s; see it with\n  tensorboard --logdir %s", shown(self.output_dir), _logdir(self.output_dir)
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    others = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "tensorboard")}
+    return {"fmexp": fmexp.__version__, **others}
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _logdir(output_dir: Path) -> str:
+    """The folder of all runs: what runs/ or multirun/ is, or else the run's own folder."""
+    return next((shown(p) for p in output_dir.parents if p.name in ("runs", "multirun")), shown(output_dir))
+
+
+def _finished(output_dir: Path) -> float | None:
+    """The objective of a run that needs no more work, or None."""
+    result = folder.read_result(output_dir)
+    if not result or result.get("status") not in ("complete", "diverged"):
+        return None
+    with suppress(OSError):  # a folder that may only be read
+        checkpoint.discard(output_dir)  # if the process was killed just before it did so itself
+    log.info("%s is %s already; nothing is trained", shown(output_dir), result["status"])
+    return math.nan if result["objective"] is None else float(result["objective"])
+
+
+def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str, **more: str) -> float:
+    objective = run.metrics.get(run.cfg.objective, math.nan) if status == "complete" else math.nan
+    result = {
+        "status": status,
+        "objective": objective if math.isfinite(objective) else None,
+        "metrics": {tag: value if math.isfinite(value) else None for tag, value in run.metrics.items()},
+        "steps": run.step,
+        "seconds": round(run.seconds, 3),
+        "config_digest": config.digest(tree),
+        "failures": run.failures,
+        "backend": asdict(run.backend),
+        "versions": versions(),
+        **more,
+    }
+    folder.write_result(output_dir, result)
+    return objective
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Append all log lines to a file, with the time; the file is made by its first line."""
+    handler = _LogFile(path, delay=True)
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("fmexp")
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
+        ours.setLevel(level)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says nothing of a full disk: what the run itself cannot write is reported, and once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
