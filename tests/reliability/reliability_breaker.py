@@ -5,7 +5,6 @@ A moment is an *event* with a label, such as "fsync .checkpoint.pt.x.part done" 
 list of actions {"steps": s, "match": regex, "nth": n, "do": what}: at the n-th event whose label matches, counted from
 when this process has trained s batches, do one of
     KILL, TERM, INT, USR1 ...   send the signal to this process
-    group TERM ...              send it to this process and to its data-loading processes
     fill                        fill the file system of the run's folder, but for "leave" bytes
 """
 
@@ -33,7 +32,7 @@ def install(folder: str, plan: list[dict[str, Any]], trace: str | None) -> None:
     breaker = _Breaker(folder, plan, trace)
     os.fsync, os.replace, os.fdopen = breaker.fsync, breaker.replace, breaker.fdopen  # type: ignore[assignment]
     gfile.LocalFileSystem._write = breaker.gfile_write
-    training.step = breaker.step(training.step)
+    training.update = breaker.update(training.update)
     torch.Tensor.backward = breaker.backward(torch.Tensor.backward)  # type: ignore[method-assign]
     torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: breaker.event(f"forward {type(module).__name__} {'training' if module.training else 'eval'}")
@@ -68,15 +67,13 @@ class _Breaker:
             fill(Path(action["file"]), action.get("leave", 0))
             self.busy = False
         else:
-            send, _, name = action["do"].rpartition(" ")
-            (os.killpg if send else os.kill)(self.pid, signal.Signals[f"SIG{name}"])
+            os.kill(self.pid, signal.Signals[f"SIG{action['do']}"])
 
-    def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*arguments: Any) -> Any:
-            loss = function(*arguments)
+    def update(self, function: Callable[..., None]) -> Callable[..., None]:
+        def watched(*arguments: Any) -> None:
+            function(*arguments)
             self.steps += 1
             self.event("batch trained")
-            return loss
 
         return watched
 

@@ -66,6 +66,7 @@ def become(request: dict[str, Any], cfg: Any) -> None:
         nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(request["output"], os.O_WRONLY | os.O_CREAT)
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         logging.getLogger().handlers.clear()
         if request["break"] is not None:
             reliability_breaker.install(**request["break"])

@@ -1,7 +1,9 @@
 """Models and datasets of the reliability tests, named by `_target_`: with state, noise and delays of all kinds."""
 
+import dataclasses
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,24 @@ class Augmented(torch.utils.data.Dataset[Any]):
         size = image.shape[-1]
         image = F.pad(image, (2, 2, 2, 2))[:, row : row + size, column : column + size]
         return image + 0.05 * torch.randn(image.shape), int(self.labels[index])
+
+
+class Signalling(Augmented):
+    """The first image that is loaded sends a signal, $RELIABILITY_SIGNAL, to all processes of the run, which waits."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        name, sent = os.environ.get("RELIABILITY_SIGNAL"), Path(os.environ.get("RELIABILITY_SENT", ""))
+        if name and torch.utils.data.get_worker_info() is not None and not sent.exists():
+            sent.touch()
+            os.killpg(0, signal.Signals[f"SIG{name}"])
+        return super().__getitem__(index)
+
+
+def signalling(**arguments: int) -> Dataset:
+    """The same as `augmented`, loaded with a signal."""
+    made = augmented(**arguments)
+    assert isinstance(made.train, Augmented)
+    return dataclasses.replace(made, train=Signalling(made.train.images, made.train.labels))
 
 
 def augmented(**arguments: int) -> Dataset:

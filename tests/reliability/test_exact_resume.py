@@ -4,7 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability_tools import NO_STAGES, RICH, Driver, assert_same
+import reliability_parts
+import torch
+from reliability_tools import NO_STAGES, RICH, Driver, assert_same, left
+
+from fmexp import randomness
 
 MODELS = {
     "lenet": ("model=lenet",),
@@ -41,10 +45,23 @@ def test_everything_that_is_written(driver: Driver, truth: Callable[..., Path], 
         plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
         assert driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan).code == -9
     plan = [{"match": "open .model.pt.part", "do": "KILL"}]  # so that the last process trains no batch
-    assert driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan).code == -9
+    ended = driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan)
+    assert ended.code == -9
+    assert "Embedding dir exists" not in ended.output  # SummaryWriter's word for one that is there twice
     ended = driver.run(*RICH, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.output
     assert_same(folder, truth(*RICH))
+
+
+def test_looking_at_the_size_of_the_images_draws_nothing() -> None:
+    dataset = reliability_parts.augmented(train_size=8, test_size=8)
+    before = randomness.capture()
+    assert dataset.input_shape == (1, 28, 28)
+    after = randomness.capture()
+    assert torch.equal(before["torch"], after["torch"])
+    assert before["python"] == after["python"]
+    assert torch.equal(before["numpy"]["state"]["key"], after["numpy"]["state"]["key"])
+    assert before["numpy"]["state"]["pos"] == after["numpy"]["state"]["pos"]
 
 
 @pytest.mark.slow
@@ -55,5 +72,7 @@ def test_compiled(driver: Driver, truth: Callable[..., Path], tmp_path: Path) ->
     for steps in (5, 16):
         plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
         assert driver.run(*args, f"hydra.run.dir={folder}", plan=plan).code == -9
-    assert driver.run(*args, f"hydra.run.dir={folder}").code == 0
+    ended = driver.run(*args, f"hydra.run.dir={folder}")
+    assert ended.code == 0, ended.output
+    assert left(folder)["result"]["backend"]["compiled"], ended.output
     assert_same(folder, truth(*args))

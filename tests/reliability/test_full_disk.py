@@ -16,6 +16,7 @@ POINTS = {
     "first checkpoint": ({"steps": 3, "match": "open .checkpoint.pt.part"}, 0, None),
     "checkpoint": ({"steps": 9, "match": "open .checkpoint.pt.part"}, 4096, 6),
     "events": ({"steps": 13, "match": "batch trained"}, 0, 12),
+    "log": ({"match": "open fmexp.log"}, 0, None),
     "graph": ({"match": "within events", "nth": 4}, 0, None),
     "embedding": ({"steps": 4, "match": "open 00004/default/tensors.tsv"}, 0, 3),
     "projector": ({"steps": 8, "match": "open projector_config.pbtxt"}, 0, 6),

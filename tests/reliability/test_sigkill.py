@@ -105,6 +105,29 @@ def test_fixed_points(driver: Driver, truth: Callable[..., Path], tmp_path: Path
     assert victim.kills == len(POINTS)
 
 
+def test_order_of_writing(truth: Callable[..., Path]) -> None:
+    """What a power cut may take: nothing that a checkpoint or the result speaks of, for that is on the disk before."""
+    trace = (truth(*RICH).parent / "trace.txt").read_text()
+    labels = [re.sub(r"tfevents.*", "tfevents", line.split("\t")[1]) for line in trace.splitlines()]
+    unsynced: set[str] = set()
+    seen = []
+    for label in labels:
+        if label.startswith("written "):
+            unsynced.add(label.removeprefix("written "))
+        if label.startswith("fsync "):
+            unsynced.discard(label.removeprefix("fsync "))
+        if re.fullmatch(r"rename \.(checkpoint|model|result).*\.part", label):
+            assert unsynced <= {"projector_config.pbtxt"}, label  # which the checkpoint holds itself
+            seen.append(label)
+        if re.fullmatch(r"rename \.(.*)\.part to \1 done", label):
+            name = label.split()[1]
+            assert f"fsync {name} done" in labels[labels.index(f"open {name}") :]
+            folder = os.path.dirname(name) or "."
+            assert f"fsync {folder} done" in labels[labels.index(label) :][:3], label
+    assert len(seen) == 12 + 2
+    assert labels.index("rename .result.json.part to result.json done") < labels.index("remove checkpoint.pt")
+
+
 def random_moments(driver: Driver, truth: Path, folder: Path, args: tuple[str, ...], count: int, seed: int) -> Victim:
     """Kill a run `count` times, at random ones of all the events of the uninterrupted run, in their order."""
     chosen = random.Random(seed)
