@@ -27,17 +27,19 @@ _write, _fsync, _replace, _fdopen = os.write, os.fsync, os.replace, os.fdopen
 AUDITED = {"open", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.rename"}
 
 
-def install(folder: str, plan: list[dict[str, Any]], trace: str | None) -> None:
-    """Watch what this process does, above all in `folder`; write the labels of all events to the file `trace`."""
+def install(folder: str, plan: list[dict[str, Any]], trace: str | None, layers: bool = True) -> None:
+    """Watch what this process does, above all in `folder`; write the labels of all events to the file `trace`.
+
+    Without `layers` there are no events of the model's layers, which a compiler could not take.
+    """
     breaker = _Breaker(folder, plan, trace)
     os.fsync, os.replace, os.fdopen = breaker.fsync, breaker.replace, breaker.fdopen  # type: ignore[assignment]
     gfile.LocalFileSystem._write = breaker.gfile_write
     training.update = breaker.update(training.update)
     torch.Tensor.backward = breaker.backward(torch.Tensor.backward)  # type: ignore[method-assign]
-    torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: breaker.event(f"forward {type(module).__name__} {'training' if module.training else 'eval'}")
-    )
     sys.addaudithook(breaker.audit)
+    if layers:
+        torch.nn.modules.module.register_module_forward_pre_hook(breaker.forward)
 
 
 class _Breaker:
@@ -76,6 +78,9 @@ class _Breaker:
             self.event("batch trained")
 
         return watched
+
+    def forward(self, module: torch.nn.Module, _: Any) -> None:
+        self.event(f"forward {type(module).__name__} {'training' if module.training else 'eval'}")
 
     def backward(self, function: Callable[..., None]) -> Callable[..., None]:
         def watched(*arguments: Any, **more: Any) -> None:

@@ -70,6 +70,7 @@ class Driver:
         trace: Path | None = None,
         cli: bool = False,
         folder: Path | None = None,
+        layers: bool = True,
         **environ: str,
     ) -> int:
         """Start a process and return its pid.
@@ -91,6 +92,7 @@ class Driver:
                 "folder": str(folder or run_dir(args)),
                 "plan": list(plan or ()),
                 "trace": str(trace) if trace else None,
+                "layers": layers,
             }
         request = {
             "args": args, "cli": cli, "output": str(self.output), "break": watched, "cwd": str(self.folder),
