@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from fmexp import files, randomness
 from fmexp.errors import ConfigError, DataError
-from fmexp.stop import patient
+from fmexp.stop import held_back, patient
 
 GARMENTS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle Boot",
@@ -146,7 +146,9 @@ def batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=patient,
     )
-    for images, labels in loader:
+    with held_back():
+        started = iter(loader)
+    for images, labels in started:
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -24,6 +26,26 @@ def patient(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # torch's way to end one that hangs is SIGTERM
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LAST_S))
+
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals wait within the block, and in the processes that are started there until they are `patient`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _numbers() -> list[signal.Signals]:
+    return [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
 class Stop:
