@@ -34,6 +34,7 @@ DATASET_BYTES = 70_000 * (28 * 28 + 8)  # uint8 images and int64 labels
 def child(*arguments: str) -> tuple[float, int, str]:
     """Run Python with arguments; its wall-clock seconds, its peak memory in bytes, its last line."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it
     with tempfile.TemporaryFile("w+") as out:
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment)
@@ -124,7 +125,7 @@ class Bench:
 
     def start(self) -> Iterator[tuple]:
         """--cfg job: its time, and that torch stays out."""
-        job = ["-m", "fmexp", "experiment=tutorial", "--cfg", "job"]
+        job = ["-m", "fmexp", "--cfg", "job"]
         show = "import sys, fmexp.cli; sys.argv[1:] = ['--cfg', 'job']; fmexp.cli.main(); print('torch' in sys.modules)"
         if child("-c", show)[2] != "False":
             raise SystemExit("--cfg job imports torch")

@@ -42,15 +42,23 @@ def trained(root: Path) -> float:
 
 
 def side_by_side(folder: Path, rounds: int) -> None:
-    """16 members of 1,000 batches, joblib against basic, in turns."""
-    words = (*BATCH, "dataset.train_size=4000", "logging=light", "seed=range(1,17)")
-    gains = []
+    """16 members of 1,000 batches, joblib against basic, in turns; then the same without what a sweep needs to begin
+    and to end, which is that of two members of one batch."""
+    words = (*BATCH, "dataset.train_size=4000", "logging=light")
+    wholes, rates = [], []
     for number in range(rounds):
-        one = sweep(folder / f"basic{number}", *words)
-        many = sweep(folder / f"joblib{number}", *words, "hydra/launcher=joblib")
-        gains.append(one / many)
-        print(f"16 members x 1,000 batches   basic {one:6.1f} s   joblib {many:6.1f} s   {one / many:.2f} times")
-    print(f"median of {rounds}: {statistics.median(gains):.2f} times on {len(os.sched_getaffinity(0))} cores (>= 1.8)")
+        took = {}
+        for launcher in ("basic", "joblib"):
+            root, chosen = folder / f"{launcher}{number}", f"hydra/launcher={launcher}"
+            few = sweep(root / "few", *words, chosen, "train.max_steps=1", "seed=1,2")
+            took[launcher] = sweep(root / "many", *words, chosen, "seed=range(1,17)"), few
+        (basic, basic_few), (joblib, joblib_few) = took.values()
+        wholes.append(basic / joblib)
+        rates.append((basic - basic_few) / (joblib - joblib_few))
+        print(f"16 members x 1,000 batches   basic {basic:.1f} s   joblib {joblib:.1f} s   {wholes[-1]:.2f} times")
+        print(f"    without start and end {basic_few:.1f} s and {joblib_few:.1f} s: {rates[-1]:.2f} times")
+    print(f"medians of {rounds}, on {len(os.sched_getaffinity(0))} cores: {statistics.median(wholes):.2f} times, "
+          f"without start and end {statistics.median(rates):.2f} times (>= 1.8)")  # fmt: skip
 
 
 def kilobytes(root: Path, without: str = "") -> float:

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fmexp import config, folder, launcher, messages, sweep
+from fmexp import config, folder, garbage, launcher, messages, sweep
 from fmexp.config import conf_dir, resolved
 from fmexp.errors import FmexpError
 
@@ -38,6 +38,7 @@ def run(cfg: DictConfig) -> float:
             config.check(cfg)
         from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
+        garbage.watch()
         with beside_the_bar():
             return execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
     except folder.HeldError:
@@ -74,7 +75,7 @@ def main() -> None:
     finally:
         for root in launcher.LAUNCHED:
             print(sweep.conclude(root))
-            if any(member.status not in ("completed", "diverged") for member in sweep.read(root)):
+            if any(member.status not in ("complete", "diverged") for member in sweep.read(root)):
                 print(f"go on with\n  {resume_command(root / 'member', single=False)}")
             else:
                 print(f"compare them with\n  tensorboard --logdir {root}")

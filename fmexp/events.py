@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,7 +131,8 @@ def event_files(output_dir: Path) -> list[Path]:
 
 def write_hparams(writer: SummaryWriter, output_dir: Path, tree: dict[str, Any]) -> None:
     """Give the run its row in HPARAMS. Rows of equal settings stay apart, for each is a trial of its own."""
-    _add(writer, hp.hparams_pb(hparams(tree), trial_id=str(output_dir), start_time_secs=time.time()))
+    trial = f"{output_dir.name} ({zlib.crc32(str(output_dir).encode()):08x})"  # a whole path is cut in its column
+    _add(writer, hp.hparams_pb(hparams(tree), trial_id=trial, start_time_secs=time.time()))
 
 
 def write_status(writer: SummaryWriter, complete: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hydra.errors import CompactHydraException, MissingConfigException
+from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -29,6 +29,10 @@ def instead_of_tracebacks() -> Iterator[None]:
     os.environ[FULL] = "1"  # so that Hydra raises what it would print in words of its own
     try:
         yield
+    except SystemExit as left:
+        if left.code == 2:  # argparse has said which word it does not know
+            print("Flags such as --multirun come first. Settings follow, as key=value without dashes.", file=sys.stderr)
+        raise
     except BrokenPipeError:  # who read what we print, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -47,6 +51,8 @@ def message(error: Exception) -> str:
         return str(error)
     if isinstance(error, MissingConfigException) and error.options:
         return of_option(error)
+    if isinstance(error, OverrideParseException):
+        return of_word(error)
     if isinstance(error, CompactHydraException) and isinstance(cause, OmegaConfBaseException):
         where, _, hint = str(error).removesuffix(str(cause)).strip().partition("\n")
         return "\n".join(filter(None, (where, of_config(cause), hint)))
@@ -56,8 +62,8 @@ def message(error: Exception) -> str:
         return f"This is not YAML: {error}"
     if isinstance(error, OSError) and error.filename:
         return (
-            f"{error.filename}: {error.strerror}. Name another folder to write to with hydra.run.dir=<folder>, "
-            "or hydra.sweep.dir=<folder> for a sweep."
+            f"{error.filename}: {error.strerror}. If the run was to be written there, name another folder with "
+            "hydra.run.dir=<folder>, or hydra.sweep.dir=<folder> for a sweep."
         )
     return "".join(traceback.format_exception(error)).strip()
 
@@ -89,6 +95,16 @@ def of_option(error: MissingConfigException) -> str:
     options = list(error.options or ())
     meant = _meant([f"{group}={name}" for name in difflib.get_close_matches(option, options, n=3)])
     return f"{str(error).splitlines()[0]}.{meant}\nThe options of {group} are {', '.join(options)}."
+
+
+def of_word(error: OverrideParseException) -> str:
+    """Which word of the command line is no override, and how one is quoted."""
+    said = str(error).removeprefix(f"Error parsing override '{error.override}'").strip()
+    return (
+        f"{error.override} cannot be read as key=value:\n{said}\n"
+        "Write no space beside = or in a list. Quote a value that has a space, or a sign with a meaning for Hydra,\n"
+        "for the shell and for Hydra: \"key='my value'\"."
+    )
 
 
 def _is_of_hydra(error: Exception) -> bool:

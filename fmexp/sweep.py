@@ -1,11 +1,7 @@
 """What stands around a sweep's members: which there are, what came of each, and all of them in a table and a picture.
 
-`python -m fmexp.sweep <folder>` prints the table of any sweep, finished or not. Members are read from their folders:
-
-    completed    result.json says so; diverged is completed too, with no objective
-    failed       result.json says so
-    in flight    a process holds the folder
-    interrupted  none of these: the same command goes on with it
+`python -m fmexp.sweep <folder>` prints the table of any sweep, finished or not. What a member is stands in its folder
+alone. One that is complete or diverged is done; the same command goes on with one that failed or was interrupted.
 """
 
 import csv
@@ -26,7 +22,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fmexp import config, disk, folder
+from fmexp import config, disk, folder, results
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +35,7 @@ class Member:
 
     Attributes:
         overrides: what made it this member, such as {"optimizer.lr": "0.1"}.
-        status: completed, diverged, failed, in flight or interrupted.
+        status: complete, diverged, failed, running or interrupted.
         objective: NaN while there is none.
     """
 
@@ -70,16 +66,6 @@ def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
     command = [sys.executable, "-m", "fmexp", "--multirun", *overrides, f"hydra.sweep.dir={quoted(str(Path(root)))}"]
     subprocess.run(command, check=False)
     return read(root)
-
-
-def status(path: Path) -> str:
-    """What became of the member in a folder: completed, diverged, failed, in flight or interrupted."""
-    result = folder.read_result(path) or {}
-    if result.get("status") in ("complete", "diverged"):
-        return "completed" if result["status"] == "complete" else "diverged"
-    if folder.is_held(path):
-        return "in flight"
-    return "failed" if result.get("status") == "failed" else "interrupted"
 
 
 def by_digest(root: Path) -> dict[str, list[Path]]:
@@ -119,6 +105,7 @@ def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Seque
 def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     """Choose HPARAMS' columns for all members, those of earlier commands too, once, at the sweep's root."""
     from tensorboard.plugins.hparams import summary_v2 as hp
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     others = []
     for path in (path for path in _folders(root) if path not in trees):
@@ -126,12 +113,19 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
             others.append(folder.read_config(path))
     rows = [config.hparams(tree) for tree in (*trees.values(), *others)]
     names = list(dict.fromkeys(name for row in rows for name in row))
+    values = {name: {str(row[name]) for row in rows if name in row} for name in names}
     always = ("dataset", "model", "optimizer", "seed")
-    shown = [name for name in names if name in always or len({str(row.get(name)) for row in rows}) > 1]
+    shown = [name for name in names if name in always or len(values[name]) > 1 or any(name not in row for row in rows)]
     first = next(iter(trees.values()))
     tags = (first["objective"], "test/accuracy", "test/accuracy/best", "test/loss", first["train"]["tag"], "seconds")
     metrics = [hp.Metric(tag) for tag in dict.fromkeys(tags)]
-    _write_events(root, [hp.hparams_config_pb([hp.HParam(name) for name in shown], metrics)])
+    summary = hp.hparams_config_pb([hp.HParam(name) for name in shown], metrics)
+    plugin_data = summary.value[0].metadata.plugin_data
+    columns = HParamsPluginData.FromString(plugin_data.content)
+    for column in columns.experiment.hparam_infos:  # TensorBoard shows five at first, those that differ before others
+        column.differs = len(values[column.name]) > 1
+    plugin_data.content = columns.SerializeToString()
+    _write_events(root, [summary])
 
 
 class Progress:
@@ -153,10 +147,10 @@ class Progress:
 
     def show(self) -> None:
         """Say what the folders of members have that other machines execute."""
-        states = {path: status(path) for path in self.left if folder.holds_run(path)}
-        self.running = {path for path, state in states.items() if state == "in flight"}
+        states = {path: results.status(path) for path in self.left if folder.holds_run(path)}
+        self.running = {path for path, state in states.items() if state == "running"}
         for path, state in states.items():
-            if state in ("completed", "diverged"):
+            if state in ("complete", "diverged"):
                 self._read(path)
         self.say()
 
@@ -167,7 +161,7 @@ class Progress:
 
     def say(self) -> None:
         members = self.ended_members
-        done = sum(member.status in ("completed", "diverged") for member in members)
+        done = sum(member.status in ("complete", "diverged") for member in members)
         failed = sum(member.status == "failed" for member in members)
         line = f"sweep: {done} of {self.total} members done, {failed} failed, {len(self.running)} running"
         best = [member for member in ranked(members, self.objective) if not math.isnan(member.objective)]
@@ -291,8 +285,9 @@ def _picture(root: Path, members: Sequence[Member]) -> bytes:
         axis.set_xlabel(key)
         axis.set_ylabel(objective)
     for member in ranked(scored, objective)[:20]:
-        steps, losses = _curve(member.folder, str(OmegaConf.load(member.folder / folder.CONFIG).train.tag))
-        axes[-1].plot(steps, losses, label=member.folder.name[:30])
+        tag = str(OmegaConf.load(member.folder / folder.CONFIG).train.tag)
+        points = results.read(member.folder).scalars.get(tag, [])
+        axes[-1].plot([step for step, _ in points], [loss for _, loss in points], label=member.folder.name[:30])
     axes[-1].set_xlabel("step")
     axes[-1].set_ylabel("running training loss")
     if scored:
@@ -314,15 +309,6 @@ def _against(axis: Any, values: list[str], objectives: list[float]) -> None:
     axis.plot([names.index(value) for value in values], objectives, "o", alpha=0.6)
     shown = names[:: math.ceil(len(names) / 20) or 1]
     axis.set_xticks([names.index(name) for name in shown], [name[:20] for name in shown], rotation=30)
-
-
-def _curve(path: Path, tag: str) -> tuple[list[int], list[float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it reports the end of each file
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1}).Reload()
-    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-    return [point.step for point in points], [point.value for point in points]
 
 
 def _as_number(value: str) -> tuple[float, str]:
@@ -349,17 +335,16 @@ def _is_free(path: Path) -> bool:
 
 
 def _read_member(path: Path) -> Member:
-    result = folder.read_result(path) or {}
+    result = results.read(path)
     overrides = OmegaConf.load(path / ".hydra" / "overrides.yaml")
-    objective = result.get("objective")
     return Member(
         folder=path,
         overrides=split([str(word) for word in overrides]),
-        status=status(path),
-        objective=math.nan if objective is None else objective,
-        metrics={tag: value for tag, value in result.get("metrics", {}).items() if value is not None},
-        seconds=result.get("seconds", 0.0),
-        error=result.get("error", ""),
+        status=result.status,
+        objective=result.objective,
+        metrics=result.metrics,
+        seconds=result.seconds,
+        error=result.error,
     )
 
 

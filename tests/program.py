@@ -13,10 +13,12 @@ from unittest import mock
 
 from hydra.core.global_hydra import GlobalHydra
 
+import fmexp
 from fmexp import cli, launcher
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-OWN_PROJECT = Path(__file__).resolve().parent / "own_project"
+INSTALLED = Path(fmexp.__file__).resolve().parents[1]  # the checkout, or site-packages where the wheel is installed
+OWN_PROJECT = CHECKOUT / "examples" / "own_project"
 PYTHON = (sys.executable, "-m", "fmexp")
 LIMIT_S = 300
 
@@ -31,9 +33,12 @@ class Finished:
 
 
 def environment(*importable: Path, **changes: str) -> dict[str, str]:
-    """This process's environment, in which the folders `importable` come first, without what steers fmexp."""
+    """This process's environment without what steers fmexp, in which the folders `importable` come first.
+
+    Without `importable` other processes import the fmexp that this one has.
+    """
     ours = {key: value for key, value in os.environ.items() if key not in ("FMEXP_DATA", "HYDRA_FULL_ERROR")}
-    return {**ours, "PYTHONPATH": os.pathsep.join(map(str, importable or (CHECKOUT,))), "COLUMNS": "100", **changes}
+    return {**ours, "PYTHONPATH": os.pathsep.join(map(str, importable or (INSTALLED,))), "COLUMNS": "100", **changes}
 
 
 def start(

@@ -98,6 +98,7 @@ def test_hparams_has_a_row_a_member(server: Server, members: list[sweep.Member])
     assert {"dataset", "model", "optimizer", "seed", "optimizer.lr", "optimizer.momentum", "optimizer.betas"} <= set(
         columns
     )
+    assert columns[:2] == ["optimizer", "optimizer.lr"]  # what varies comes first
     metrics = ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "seconds"]
     assert metrics == [info["name"]["tag"] for info in experiment["metricInfos"]]
     rows = server.post(

@@ -60,11 +60,12 @@ class Sweep:
         return self
 
     def kill(self, *others: int) -> None:
-        """SIGKILL the process, and `others`."""
+        """SIGKILL the process, and `others`; they have ended, and let go of their locks, when this returns."""
         for pid in (self.process.pid, *others):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(DEADLINE_S)
+        until(lambda: not any(map(alive, others)), "the end of those that were killed")
 
 
 def until(condition: Callable[[], Any], what: str, sweep: Sweep | None = None) -> Any:
@@ -101,9 +102,10 @@ class Gate:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    """Whether any thread of a process runs; one that has ended and that nobody has asked about does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1  # the first thread may end before the others
     except OSError:
         return False
 

@@ -28,6 +28,8 @@ from sweep_tools import (
 
 from fmexp import config, folder, sweep
 
+pytestmark = pytest.mark.slow
+
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 SHORT = ("dataset.train_size=64",)  # 32 batches
 
@@ -69,7 +71,7 @@ def test_a_failing_member_harms_no_other_and_is_executed_again(launcher: tuple[s
     assert [result(member(root, f"tag-{tag}"))["status"] for tag in "abc"] == ["complete", "failed", "complete"]
     summary = "failed: 1_tag-b: ValueError: the model b does not want to be trained (more in its fmexp.log)"
     assert summary in first.output
-    assert "3 members: 2 completed, 1 failed" in first.output
+    assert "3 members: 2 complete, 1 failed" in first.output
     with tensorboard(root) as ask:
         rows = hparams(ask, 3)
     assert [rows[f"{i}_tag-{t}"]["status"] for i, t in enumerate("abc")] == [
@@ -173,7 +175,7 @@ def test_workers_whose_parent_was_killed_save_themselves_and_the_same_command_wa
     (gate.folder / "hold-a").touch()  # so that it cannot finish its batch
     first.kill()
     until(lambda: not alive(pids["b"]), "the other worker's end")
-    assert [m.status for m in sweep.read(root)] == ["in flight", "interrupted"]
+    assert [m.status for m in sweep.read(root)] == ["running", "interrupted"]
     assert "stopped by SIGTERM" in (member(root, "tag-b") / "fmexp.log").read_text()
     second = Sweep(root, *words)
     until(lambda: f"0_tag-a: waiting for process {pids['a']} on" in second.output, "word of waiting", second)
@@ -208,7 +210,7 @@ def test_a_sweep_with_running_and_interrupted_members_can_be_read(tmp_path: Path
     root = tmp_path / "sweep"
     first = Sweep(root, *OWN, "+model.tag=a,b,c", *JOBLIB, **gate.environ)
     pids = gate.until_waiting(first, 2)
-    assert [m.status for m in sweep.read(root)] == ["in flight", "in flight"]
+    assert [m.status for m in sweep.read(root)] == ["running", "running"]
     assert "0_tag-a" in sweep.conclude(root)
     assert (root / "sweep.png").read_bytes().startswith(b"\x89PNG")
     first.kill(*pids.values())

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from sweep_tools import SMALL, THREADS, Sweep, files, hparams, members, result, tensorboard
 
 from fmexp import compose, config, folder, sweep
-from fmexp.launcher import Composer
+from fmexp.members import Composer
 
 
 def test_each_member_has_a_folder_with_all_of_its_run(grid: Sweep) -> None:
@@ -186,18 +186,18 @@ def test_a_sweep_that_diverges_is_a_result(tmp_path: Path) -> None:
     done = program.call("-m", *words, cwd=tmp_path)
     assert done.status == 0
     rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").read_text().splitlines()))
-    assert [row["status"] for row in rows] == ["completed", "diverged"]
+    assert [row["status"] for row in rows] == ["complete", "diverged"]
     assert "(0 to train, 0 to resume, 2 to skip)" in program.call("-m", *words, cwd=tmp_path).out
 
 
 def test_started_and_read_from_python_and_the_table_again(tmp_path: Path) -> None:
     found = sweep.start([*SMALL, "optimizer.lr=0.1,0.01"], tmp_path / "it's here")
     assert [member.overrides["optimizer.lr"] for member in found] == ["0.1", "0.01"]
-    assert [member.status for member in found] == ["completed"] * 2
+    assert [member.status for member in found] == ["complete"] * 2
     assert found == sweep.read(tmp_path / "it's here")
     printed = program.run(str(tmp_path / "it's here"), cwd=tmp_path, command=[program.PYTHON[0], "-m", "fmexp.sweep"])
     assert printed.status == 0
-    assert "2 members: 2 completed" in printed.out
+    assert "2 members: 2 complete" in printed.out
     assert all(member.folder.name in printed.out for member in found)
     refused = program.run("nowhere", cwd=tmp_path, command=[program.PYTHON[0], "-m", "fmexp.sweep"])
     assert refused.status == 1

@@ -19,6 +19,7 @@ def trials(root: Path) -> list[tuple[str, dict[str, object], float | None]]:
     return [(trial.state.name, trial.params, trial.value) for trial in study.get_trials()]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_its_total_as_if_undisturbed(tmp_path: Path, gate: Gate) -> None:
     truth = Sweep(tmp_path / "truth", *OWN, *SPACE, "hydra.sweeper.n_trials=5").end().root
     root = tmp_path / "sweep"
@@ -55,6 +56,7 @@ def test_a_killed_search_goes_on_to_its_total_as_if_undisturbed(tmp_path: Path, 
     assert len(trials(root)) == 5
 
 
+@pytest.mark.slow
 def test_failed_trials_stay_open_and_parallel_ones_are_searched_too(tmp_path: Path) -> None:
     root = tmp_path / "sweep"
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -76,6 +78,6 @@ def test_recipe_searches_learning_rate_momentum_and_model(tmp_path: Path) -> Non
     words = ("-m", "experiment=optuna", "hydra.sweeper.n_trials=2", f"hydra.sweep.dir={tmp_path}/s")
     assert program.call(*words, *small, cwd=tmp_path).status == 0
     for member in sweep.read(tmp_path / "s"):
-        assert member.status == "completed"
+        assert member.status == "complete"
         assert {"optimizer.lr", "optimizer.momentum", "model"} <= member.overrides.keys()
     assert [state for state, _, _ in trials(tmp_path / "s")] == ["COMPLETE"] * 2

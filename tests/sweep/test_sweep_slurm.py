@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sweep_tools import OWN, Gate, Sweep, files, member, members, result, until
 
-from fmexp import sweep
+from fmexp import slurm, sweep
 
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.slurm.slurm_array_parallelism=2")
 
@@ -16,7 +16,10 @@ def _answers() -> bool:
     return bool(shutil.which("sbatch")) and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _answers(), reason="needs a Slurm that answers to sinfo and takes jobs by sbatch")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _answers(), reason="needs a Slurm that answers to sinfo and takes jobs by sbatch"),
+]
 
 
 def jobs(started: Sweep) -> dict[str, str]:
@@ -26,9 +29,7 @@ def jobs(started: Sweep) -> dict[str, str]:
 
 
 def sweep_jobs(root: Path) -> dict[str, str]:
-    from fmexp import launcher
-
-    return launcher._submitted(root)
+    return slurm._submitted(root)
 
 
 def put_back_at_once(job: str, gate: Gate, tag: str, started: Sweep) -> None:
@@ -74,7 +75,7 @@ def test_jobs_in_flight_are_not_submitted_twice_and_a_cancelled_one_has_failed(t
     submitted = jobs(first)
     gate.until_waiting(first, 2)
     first.kill()
-    assert {m.status for m in sweep.read(root)} == {"in flight"}
+    assert {m.status for m in sweep.read(root)} == {"running"}
     second = Sweep(root, *words)
     until(lambda: "0 members submitted to Slurm, 3 there already" in second.output, "word of the jobs", second)
     subprocess.run(["scancel", submitted["a"]], check=True)
@@ -90,3 +91,17 @@ def test_jobs_in_flight_are_not_submitted_twice_and_a_cancelled_one_has_failed(t
     assert result(member(root, "tag-a"))["status"] == "complete"
     assert "going on from the checkpoint" in (member(root, "tag-a") / "fmexp.log").read_text()
     assert {tag: files(member(root, f"tag-{tag}")) for tag in "bc"} == before
+
+
+def test_fail_fast_cancels_what_has_not_begun(tmp_path: Path, gate: Gate) -> None:
+    root = tmp_path / "sweep"
+    words = (*OWN, "+model.batch_fails=a", "+model.tag=a,b,c,d", "sweep.fail_fast=true", *SLURM)
+    first = Sweep(root, *words, **gate.environ)
+    last = jobs(first)["d"]  # waits until two of the others have ended
+    gate.until_waiting(first, 1)
+    until(lambda: last not in slurm._queue(), "the end of the job that has not begun", first)
+    gate.open()
+    assert first.wait() == 1
+    assert result(member(root, "tag-a"))["status"] == "failed"
+    assert result(member(root, "tag-b"))["status"] == "complete"
+    assert not list(root.glob("*_tag-d"))

@@ -1,0 +1,133 @@
+"""Members side by side on this machine, each in a worker process of joblib's loky."""
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.types import HydraContext
+from omegaconf import DictConfig, open_dict
+
+from fmexp import garbage, results, sweep
+from fmexp.errors import ConfigError
+from fmexp.members import Member, ended_by_signals, execute, fail, prepare_data
+from fmexp.stop import Stop
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    members: list[Member], jobs: int, progress: sweep.Progress, hydra_context: HydraContext, *, fail_fast: bool
+) -> None:
+    """Run members in `jobs` processes, each in an executor of its own: one that dies costs its member alone."""
+    try:
+        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+    except ImportError:
+        raise ConfigError('hydra/launcher=joblib needs joblib: pip install "fmexp[sweep]"') from None
+    garbage.watch()
+    with ended_by_signals():
+        prepare_data(members)
+    waiting: queue.SimpleQueue[Member] = queue.SimpleQueue()
+    for member in members:
+        waiting.put(member)
+    executors: list[Any] = [None] * jobs
+    halt = threading.Event()
+
+    def work(slot: int) -> None:
+        while not halt.is_set():
+            try:
+                member = waiting.get_nowait()
+            except queue.Empty:
+                break
+            if executors[slot] is None:
+                executors[slot] = ProcessPoolExecutor(1, env=_environment(slot, jobs), initializer=_in_worker)
+            progress.started(member.folder)
+            try:
+                executors[slot].submit(_execute_in_worker, _quiet(member.cfg), hydra_context).result()
+            except BrokenProcessPool:
+                executors[slot] = None
+                if not halt.is_set():
+                    fail(member, "its process was killed, or ran out of memory")
+            except BaseException as error:  # SystemExit, when the member was told to stop
+                if not isinstance(error, SystemExit):
+                    log.error("%s: %s", member.folder.name, error)
+            progress.ended(member.folder)
+            if fail_fast and results.status(member.folder) == "failed":
+                halt.set()
+
+    with Stop() as stop:
+        threads = [threading.Thread(target=work, args=(slot,)) for slot in range(jobs)]
+        for thread in threads:
+            thread.start()
+        told = False
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(0.1)
+            if stop.signal and not told:
+                told = True
+                halt.set()
+                _tell_to_stop(executors)
+        for executor in filter(None, executors):
+            executor.shutdown()
+        if stop.signal:
+            stop.leave()
+
+
+def _execute_in_worker(cfg: DictConfig, hydra_context: HydraContext) -> None:
+    try:
+        execute(cfg, hydra_context)
+    finally:
+        if os.getppid() != _parent:  # nobody is left to give this process another member
+            os._exit(128 + signal.SIGTERM)
+
+
+_parent = 0
+
+
+def _in_worker() -> None:
+    """Leave the terminal's process group, so that Ctrl-C reaches the sweep alone, which then tells its workers; and
+    end, as by a signal, when the sweep itself was killed."""
+    global _parent
+    garbage.wait()
+    _parent = os.getppid()
+    os.setpgrp()
+
+    def watch() -> None:
+        while os.getppid() == _parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _quiet(cfg: DictConfig) -> DictConfig:
+    """The same member, of whose log lines only warnings go to the console that all members share."""
+    with open_dict(cfg):
+        cfg.hydra.job_logging.handlers.console.level = "WARNING"
+    return cfg
+
+
+def _environment(slot: int, jobs: int) -> dict[str, str]:
+    """What a worker process finds in its environment: its share of the cores, and one GPU where there are several."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        gpus = [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    else:
+        gpus = visible.split(",")
+    if len(gpus) > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return environment
+
+
+def _tell_to_stop(executors: list[Any]) -> None:
+    for executor in filter(None, executors):
+        for pid in list(executor._processes):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)

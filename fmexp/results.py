@@ -1,0 +1,126 @@
+"""Reading a run back from its folder: what came of it, its scalars and its images.
+
+In short:
+
+    run = fmexp.read("runs/2026-01-31/12-00-00-000000")
+    run.status, run.objective, run.scalars["train/loss"], run.images["predictions vs. actuals"]
+"""
+
+import io
+import logging
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmexp import folder
+from fmexp.errors import FmexpError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run as its folder had it when it was read. Of a run without result.json, all but the first two are empty.
+
+    Attributes:
+        status: complete, diverged or failed, as result.json says; running, while a process holds the folder; or
+            interrupted: none of these.
+        objective: NaN while there is none.
+        metrics: the latest value of each metric; those that are not finite are left out.
+        steps: batches trained on.
+        seconds: of training, with evaluation and stages, over all processes that worked on the run.
+        failures: stage name -> what went wrong.
+        error: why the run failed, or "".
+        content: all of result.json, as it stands there.
+    """
+
+    folder: Path
+    status: str
+    objective: float
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    failures: dict[str, str]
+    error: str
+    content: dict[str, Any]
+
+    @cached_property
+    def scalars(self) -> dict[str, list[tuple[int, float]]]:
+        """Every point that the event files hold of each scalar: tag -> [(step, value)], as float32 keeps the value.
+
+        They are read when first asked for; read the folder again to see what a running one has written since.
+        """
+        events = self._events
+        return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    @cached_property
+    def images(self) -> "dict[str, list[tuple[int, Image.Image]]]":
+        """Every image that the event files hold: tag -> [(step, image)]; several of one step follow each other."""
+        from PIL import Image
+        from tensorboard.plugins.image.metadata import PLUGIN_NAME
+
+        events = self._events
+        encoded = {
+            tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+            for tag in events.Tags()["images"]
+        }
+        for tag in events.Tags()["tensors"]:  # TensorBoard's newer form: width, height, and then the pictures
+            if events.SummaryMetadata(tag).plugin_data.plugin_name == PLUGIN_NAME:
+                encoded[tag] = [
+                    (event.step, png) for event in events.Tensors(tag) for png in event.tensor_proto.string_val[2:]
+                ]
+        return {tag: [(step, Image.open(io.BytesIO(png))) for step, png in found] for tag, found in encoded.items()}
+
+    @cached_property
+    def _events(self) -> Any:
+        """TensorBoard's EventAccumulator on the folder, nothing sampled away."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it reports the end of each file
+        return EventAccumulator(str(self.folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def read(folder_of_run: str | Path) -> Result:
+    """Read the run of a folder: complete, running or interrupted.
+
+    Raises:
+        FmexpError: the folder holds no run.
+    """
+    path = Path(folder_of_run)
+    if not folder.holds_run(path):
+        problem = f"has no {folder.CONFIG}" if path.is_dir() else "is no folder"
+        raise FmexpError(
+            f"{path} holds no run: it {problem}. Name the folder of one run, such as runs/<date>/<time>; "
+            "fmexp.sweep.read reads the members of a sweep."
+        )
+    word, content = _status(path)
+    objective = content.get("objective")
+    return Result(
+        folder=path,
+        status=word,
+        objective=math.nan if objective is None else objective,
+        metrics={tag: value for tag, value in content.get("metrics", {}).items() if value is not None},
+        steps=content.get("steps", 0),
+        seconds=content.get("seconds", 0.0),
+        failures=content.get("failures", {}),
+        error=content.get("error", ""),
+        content=content,
+    )
+
+
+def status(path: Path) -> str:
+    """What became of the run in a folder: complete, diverged, failed, running or interrupted."""
+    return _status(path)[0]
+
+
+def _status(path: Path) -> tuple[str, dict[str, Any]]:
+    """The status, and the content of result.json that it comes from."""
+    content = folder.read_result(path) or {}
+    if content.get("status") not in ("complete", "diverged"):
+        if folder.is_held(path):
+            return "running", content
+        content = folder.read_result(path) or {}  # again, for the run may have ended in between
+    return str(content.get("status", "interrupted")), content

@@ -1,0 +1,102 @@
+"""Each tab of TensorBoard shows in a real browser what a run and a sweep wrote; pictures land in screenshots/."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from server import Server
+
+from fmexp import datasets, sweep
+
+pytest.importorskip("playwright", reason="playwright is not installed: pip install 'fmexp[browser]'")
+import browser
+from playwright.sync_api import Page, expect
+
+if not browser.chromium():
+    pytest.skip("there is no Chromium on the PATH or at $CHROMIUM", allow_module_level=True)
+
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "screenshots"
+CLASSES = "Trouser", "Sandal", "Ankle Boot"
+
+
+@pytest.fixture(scope="session")
+def tensorboard(logdir: Path, members: list[sweep.Member]) -> Iterator[Server]:
+    """TensorBoard as a user starts it."""
+    running = Server(logdir, fast=True)
+    try:
+        running.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
+        yield running
+    finally:
+        running.process.terminate()
+        running.process.wait()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with browser.pages() as page:
+        yield page
+
+
+@pytest.fixture(autouse=True)
+def picture(request: pytest.FixtureRequest, page: Page) -> Iterator[None]:
+    """After each test, whether it failed or not, save what the page shows; an empty page has but a few colours."""
+    yield
+    name = request.node.name.removeprefix("test_")
+    assert browser.save(page, SCREENSHOTS / f"{name}.png") > 16
+
+
+def test_time_series(page: Page, tensorboard: Server, members: list[sweep.Member]) -> None:
+    browser.open_tab(page, tensorboard.url, "timeseries", tags="^(test/accuracy|train/loss)$")
+    for tag in ("test/accuracy", "train/loss"):
+        card = page.locator("card-view").filter(has_text=tag).first
+        expect(card.locator("line-chart").first).to_be_visible()
+    for member in members:
+        expect(page.get_by_text(f"sweep/{member.folder.name}").first).to_be_visible()
+
+
+def test_scalars(page: Page, tensorboard: Server) -> None:
+    browser.open_tab(page, tensorboard.url, "scalars", runs="^tutorial$")
+    expect(page.locator("tf-scalar-card").first).to_be_visible()
+
+
+def test_images(page: Page, tensorboard: Server) -> None:
+    browser.open_tab(page, tensorboard.url, "images", runs="^tutorial$")
+    for tag, size in (("four_fashion_mnist_images", (122, 32)), ("predictions", (1200, 300))):
+        page.locator("tf-tag-filterer input").fill(tag)
+        browser.wait_for_picture(page, *size)
+
+
+def test_graph(page: Page, tensorboard: Server) -> None:
+    browser.open_tab(page, tensorboard.url, "graphs", runs="^tutorial$")
+    node = page.locator("g.node[data-name='LeNet']").first
+    node.wait_for()
+    node.dblclick()
+    for layer in ("Conv2d[conv1]", "Linear[fc3]"):
+        page.locator(f"g.node[data-name='LeNet/{layer}']").first.wait_for()
+
+
+def test_projector(page: Page, tensorboard: Server) -> None:
+    browser.open_tab(page, tensorboard.url, "projector")
+    shown = browser.projector(page)
+    shown.get_by_text("Points: 100").first.wait_for()
+    shown.get_by_text("Dimension: 784").first.wait_for()
+
+
+def test_pr_curves(page: Page, tensorboard: Server, tutorial_data: datasets.Dataset) -> None:
+    browser.open_tab(page, tensorboard.url, "pr_curves", runs="^tutorial$")
+    page.get_by_text("is at step").first.wait_for()
+    for name in CLASSES:
+        assert name in tutorial_data.classes
+        expect(page.get_by_text(name, exact=True).first).to_be_attached()
+
+
+def test_hparams(page: Page, tensorboard: Server, members: list[sweep.Member]) -> None:
+    browser.open_tab(page, tensorboard.url, "hparams")
+    expect(page.get_by_text("optimizer.lr").first).to_be_visible()
+    for member in members:
+        expect(page.get_by_text(f"{member.objective:.4f}"[:5]).first).to_be_attached()
+
+
+def test_text(page: Page, tensorboard: Server) -> None:
+    browser.open_tab(page, tensorboard.url, "text", runs="^tutorial$")
+    expect(page.get_by_text("batch_size: 4").first).to_be_visible()

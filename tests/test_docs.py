@@ -1,0 +1,389 @@
+"""README.md and docs/: every fmexp command runs, code and YAML do what is said, links lead somewhere.
+
+Commands are executed on a few images and for a few batches, in this process, in a folder of their own. What cannot be
+executed here is in NOT_HERE.
+"""
+
+import importlib.util
+import json
+import math
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from program import CHECKOUT, call, environment
+from tools import write_idx_splits
+
+from fmexp import read, sweep
+
+DOCS = CHECKOUT / "docs"
+PAGES = [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))]
+SWEPT = "multirun/2026-01-31/12-00-00"
+PLACES = {"multirun/<date>/<time>": SWEPT, "<folder>": SWEPT, "<partition>": "main"}
+
+# A word of a command -> what is added so that nothing is trained, and why.
+NOT_HERE = {
+    "hydra/launcher=slurm": ("sweep.dry_run=true", "needs Slurm: tests/sweep/test_sweep_slurm.py looks for one"),
+    "hydra/launcher=joblib": ("sweep.dry_run=true", "starts processes, which takes its time: tests/sweep has them"),
+    "dataset=cifar10": ("--cfg=job", "170 MB to download: tests/test_datasets.py reads its format"),
+}
+# What makes a command small. It stands before the command's own words, so that these win.
+QUICK = ("train.max_steps=4", "train.num_workers=0", "device=cpu")
+DRAWN = ("dataset.train_size=64", "dataset.test_size=40")
+# How many members a sweep has whose values are in a recipe; two trials are enough of a search.
+MEMBERS = {"experiment=lr_sweep": 10, "experiment=model_comparison": 8, "optuna": 2}
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced or indented block of a page.
+
+    Attributes:
+        language: what stands behind the fence; "" for an indented one.
+        above: the page up to the block.
+    """
+
+    language: str
+    text: str
+    above: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a page: the module that `python -m` executes, and its arguments."""
+
+    page: str
+    module: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {shlex.join(['python', '-m', self.module, *self.words])}"
+
+
+def blocks(page: Path) -> list[Block]:
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$|((?:^ {4}[^\n]*\n)+)", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [
+        Block(match[1] or "", match[2] if match[3] is None else re.sub("^ {4}", "", match[3], flags=re.MULTILINE),
+              match.string[: match.start()])
+        for match in found
+    ]  # fmt: skip
+
+
+def lines(page: Path) -> Iterator[list[str]]:
+    """The commands, whatever the program, that stand on lines of their own, as words."""
+    programs = r"(\w+=\S+ )*(\S*/)?(python3?|fmexp|tensorboard|pip|pytest) "
+    for block in blocks(page):
+        if block.language in ("", "sh"):
+            for line in block.text.replace("\\\n", " ").splitlines():
+                if re.match(programs, f"{line} "):
+                    words = shlex.split(line, comments=True)
+                    while "&&" in words:
+                        yield words[: words.index("&&")]
+                        words = words[words.index("&&") + 1 :]
+                    yield words
+
+
+def spans(page: Path) -> Iterator[list[str]]:
+    """The commands within a sentence."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for span in re.findall(r"`([^`]+)`", text):
+        if span.startswith("-m experiment="):
+            span = f"fmexp {span}"
+        if re.match(r"(python -m fmexp|fmexp )", span):
+            yield shlex.split(span)
+
+
+def commands(page: Path) -> Iterator[Command]:
+    """The fmexp commands of a page."""
+    for words in (*lines(page), *spans(page)):
+        name = words[0].rpartition("/")[2]
+        if name == "fmexp":
+            yield Command(page.name, "fmexp", tuple(words[1:]))
+        elif name.startswith("python") and words[1] == "-m" and words[2].partition(".")[0] == "fmexp":
+            yield Command(page.name, words[2], tuple(words[3:]))
+
+
+def once(found: Iterator[Command]) -> list[Command]:
+    """Each command once, even if several pages have it; but words of one's own mean something else on each page."""
+    own = "--config-dir"
+    return list({(c.module, c.words, c.page if own in c.words else ""): c for c in found}.values())
+
+
+ALL = [command for page in PAGES for command in commands(page)]
+COMMANDS = once(iter(ALL))
+RUNS = [command for command in COMMANDS if command.module == "fmexp"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_command_is_overlooked(page: Path) -> None:
+    modules = [command for command in ALL if command.page == page.name]
+    assert len(modules) >= page.read_text().count("python -m fmexp")
+    assert {command.module for command in modules} <= {"fmexp", "fmexp.sweep"}
+
+
+def test_there_is_something_to_execute() -> None:
+    assert len(RUNS) >= 25
+    assert {"README.md", "own.md", "sweeps.md", "tutorial.md"} <= {command.page for command in COMMANDS}
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 + 12 random images as Fashion-MNIST."""
+    root = tmp_path_factory.mktemp("data")
+    write_idx_splits(root, "FashionMNIST")
+    return root
+
+
+@pytest.fixture
+def here(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder where commands are typed, which Python imports from."""
+    monkeypatch.setenv("FMEXP_DATA", str(data))
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mine", None)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def write_own(page: Path, folder: Path) -> None:
+    """Write what a page says to write, mine.py and my_conf/, and some data for it."""
+    module = [block.text for block in blocks(page) if block.language == "python" and "execute(" not in block.text]
+    (folder / "mine.py").write_text("\n\n".join(module))
+    for block in (block for block in blocks(page) if block.language == "yaml"):
+        (name, *_) = re.findall(r"^# (my_conf/\S+\.yaml)$", block.text, re.MULTILINE) or reversed(
+            re.findall(r"`(my_conf/\S+\.yaml)`", block.above)
+        )
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(block.text)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 24), ("test", 12)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 1, 28, 28), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 2
+        for name in ("cat", "dog"):
+            (folder / "photos" / split / name).mkdir(parents=True)
+            for number in range(count // 2):
+                pixels = rng.integers(0, 256, (40, 30, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / "photos" / split / name / f"{number}.png")
+    np.savez(folder / "arrays.npz", **arrays)
+
+
+def placed(words: tuple[str, ...]) -> list[str]:
+    """The words with something in place of what a reader fills in."""
+    found = []
+    for word in words:
+        for place, value in PLACES.items():
+            word = word.replace(place, value)
+        assert not re.search(r"<\w+>", word), f"{word}: what is to be put there?"
+        found.append(word)
+    return found
+
+
+def smaller(words: list[str]) -> list[str]:
+    """A run's words with others before its keys that make it quick, and its data small or not downloaded."""
+    flags = next((number for number, word in enumerate(words) if "=" in word), len(words))
+    data: tuple[str, ...] = ()
+    if {"dataset=synthetic", "experiment=mine"} & set(words):
+        data = DRAWN
+    elif not any(word.startswith("dataset=") for word in words):
+        data = ("dataset.download=false",)
+    if {"-m", "--multirun"} & set(words):
+        data += ("logging=light",)  # single runs have all stages
+    return [*words[:flags], *QUICK, *data, *words[flags:]]
+
+
+def members(words: list[str]) -> int:
+    """How many members a sweep has."""
+    for name, count in MEMBERS.items():
+        if any(name in word for word in words):
+            return count
+    return math.prod(len(word.split(",")) for word in words if "=" in word)
+
+
+def assert_complete(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["failures"]) == ("complete", {}), result
+    assert 1 <= result["steps"] <= 4
+    assert result["objective"] == result["metrics"]["test/accuracy"]
+    assert read(folder).scalars["test/accuracy"]
+
+
+@pytest.mark.parametrize("command", RUNS, ids=str)
+def test_command(command: Command, here: Path) -> None:
+    words = placed(command.words)
+    if any("optuna" in word for word in words):
+        pytest.importorskip("optuna", reason='optuna is not installed: pip install "fmexp[optuna]"')
+        words.append(f"hydra.sweeper.n_trials={MEMBERS['optuna']}")
+    if "--config-dir" in words:
+        (page,) = (page for page in PAGES if page.name == command.page)
+        write_own(page, here)
+    added = [NOT_HERE[word][0] for word in words if word in NOT_HERE]
+    before = sorted(here.rglob("*"))
+    done = call(*smaller(words), *added, cwd=here)
+    assert done.status == 0, done.err
+    if {"--help", "--cfg", "--cfg=job"} & {*words, *added}:
+        assert "train:\n" in done.out
+        assert "optimizer:\n" in done.out
+        assert sorted(here.rglob("*")) == before
+    elif "sweep.dry_run=true" in (*words, *added):
+        assert f"{members(words)} members: " in done.out
+        assert "Nothing was written." in done.out
+        assert sorted(here.rglob("*")) == before
+    elif {"-m", "--multirun"} & set(words):
+        (table,) = here.rglob("sweep.csv")
+        found = sweep.read(table.parent)
+        assert len(found) == members(words)
+        assert len(table.read_text().splitlines()) == 1 + len(found)
+        for member in found:
+            assert_complete(member.folder)
+            assert member.folder.name in done.out
+    else:
+        (result,) = here.rglob("result.json")
+        assert_complete(result.parent)
+        assert str(result.parent.relative_to(here)) in done.out
+        wanted = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
+        assert not wanted or result.parent == here / wanted[0]
+
+
+def test_commands_that_print_a_table(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = ["-m", "dataset=synthetic", "seed=1,2", f"hydra.sweep.dir={SWEPT}"]
+    assert call(*smaller(grid), cwd=here).status == 0
+    commands = [command for command in COMMANDS if command.module == "fmexp.sweep"]
+    assert len(commands) >= 2
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *placed(command.words)])
+        sweep.main()
+        table = capsys.readouterr().out
+        assert "2 members: 2 complete" in table
+        assert all(f"complete  {member.seconds:.1f}" in table for member in sweep.read(here / SWEPT))
+
+
+def test_every_exception_is_needed() -> None:
+    used = {word for command in RUNS for word in command.words}
+    assert {word for word in NOT_HERE if word in used} >= {"hydra/launcher=slurm", "hydra/launcher=joblib"}
+    assert all(len(why) > 20 for _, why in NOT_HERE.values())
+
+
+@pytest.mark.parametrize(
+    "line", sorted({shlex.join(words) for page in PAGES for words in lines(page) if words[0] == "tensorboard"})
+)
+def test_tensorboard_takes_the_flags(line: str) -> None:
+    """Without starting it: tests/client asks a real server."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard import default, program
+
+        server = program.TensorBoard(default.get_plugins())
+        server.configure(argv=shlex.split(line))
+    assert server.flags.logdir.startswith(("runs", "multirun"))
+
+
+def test_scripts_and_folders_that_commands_name_are_there() -> None:
+    for page in PAGES:
+        for words in lines(page):
+            for word in words[1:]:
+                if re.match(r"(tests|docs|benchmarks|examples)/", word):
+                    assert (CHECKOUT / word).exists(), f"{page.name}: {word}"
+
+
+# Python
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "## From Python" in page.read_text()], ids=lambda p: p.name)
+def test_from_python(page: Path, here: Path) -> None:
+    write_own(page, here)
+    (script,) = (block.text for block in blocks(page) if block.above.rstrip().endswith("## From Python"))
+    assert script.count('(["') == 1
+    small = [*QUICK, *(("dataset.download=false", "logging=light") if "sweep" in script else DRAWN)]
+    space: dict[str, Any] = {"small": small}
+    script = script.replace('(["', '([*small, "').replace("hydra/launcher=joblib", "hydra/launcher=basic")
+    exec(compile(script, page.name, "exec"), space)
+    if "sweep" in script:
+        assert [member.status for member in space["members"]] == ["complete", "complete"]
+        assert space["best"].objective == max(member.objective for member in space["members"])
+        folders = [member.folder for member in space["members"]]
+    else:
+        folders = [path.parent for path in here.rglob("result.json")]
+        assert [read(folder).objective for folder in folders] == [space["accuracy"]]
+    for folder in folders:
+        assert_complete(folder)
+
+
+def test_from_python_is_tested_of_each_page_that_has_it() -> None:
+    assert [page.name for page in PAGES if "## From Python" in page.read_text()] == ["README.md", "own.md", "sweeps.md"]
+
+
+# Links
+
+
+def links(page: Path) -> set[str]:
+    """What a page links to and shows, other than on the net."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        text = "\n".join(
+            "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
+        )
+    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    return {link.partition("#")[0] for link in found if not re.match(r"https?:", link)} - {""}
+
+
+LINKED = [*PAGES, *sorted(DOCS.glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        target = (page.parent / link).resolve()
+        if target.parent == DOCS / "pictures" and not target.parent.exists():
+            continue  # docs/pictures.py has not been run yet
+        assert target.exists(), link
+
+
+@pytest.mark.parametrize("page", LINKED[1:], ids=lambda page: page.name)
+def test_every_page_is_linked(page: Path) -> None:
+    others = [other for other in LINKED if other != page]
+    assert any(page == (other.parent / link).resolve() for other in others for link in links(other))
+
+
+# The reference
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """docs/reference.py as a module."""
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reference_is_up_to_date(reference: Any) -> None:
+    reference.main(["--check"])
+
+
+def test_reference_that_is_out_of_date_is_told_and_made_anew(reference: Any, tmp_path: Path) -> None:
+    path = tmp_path / "reference.md"
+    path.write_text((DOCS / "reference.md").read_text().replace("`4`", "`5`", 1))
+    with pytest.raises(SystemExit, match=r"reference\.md is out of date; make it anew with: python docs/reference\.py"):
+        reference.main(["--check"], path)
+    reference.main([], path)
+    assert path.read_text() == (DOCS / "reference.md").read_text()
