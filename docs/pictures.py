@@ -21,7 +21,13 @@ from server import Server  # noqa: E402
 
 from fmexp import compose, execute, sweep  # noqa: E402
 
-SWEEP = ("optimizer.lr=0.001,0.01", "optimizer=sgd,adam", "train.log_every=150", "train.max_steps=3000", "logging=light")
+SWEEP = (
+    "optimizer.lr=0.001,0.01",
+    "optimizer=sgd,adam",
+    "train.log_every=150",
+    "train.max_steps=3000",
+    "logging=light",
+)
 TUTORIAL, SWEPT = "^tutorial$", "^sweep/[0-9]"
 
 

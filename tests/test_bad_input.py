@@ -1,19 +1,23 @@
 """Each bad input ends with a message that names key, value and way out, exit status 1, no traceback and no file."""
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from program import CHECKOUT, Finished, call, environment, run
-from tools import SMALL
+from program import PYTHON, Finished, call, environment, run
+from tools import SMALL, write_idx_splits
 
 from fmexp.errors import FmexpError
 
 FILES = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
 NOT_IMPORTED = "Code of your own must be installed or on PYTHONPATH"
+QUOTED = "for the shell and for Hydra: \"key='my value'\""
 
 # What people write in YAML files of their own, and get wrong.
 OWN_CONF = {
@@ -129,6 +133,18 @@ COMPOSED = [
     bad("+stage=noon", "stage.mine.on=noon must be one of start, log, epoch, end"),
     bad("+stage=onless", "stage.mine.on is missing", "start, log, epoch, end"),
     bad("+stage=nameless", "stage._target_=wrong.stage must be a mapping with _target_ and on"),
+    # Words as a shell leaves them of what was not quoted.
+    bad("dataset.root=my folder", "folder cannot be read as key=value", "Write no space", QUOTED),
+    bad("+stage=[mine, weights]", "+stage=[mine, cannot be read as key=value", "Write no space", QUOTED),
+    bad("model=mlp model.hidden=[64, 32]", "model.hidden=[64, cannot be read as key=value", QUOTED),
+    bad("optimizer.lr = 0.1", "optimizer.lr cannot be read as key=value", "Write no space beside =", QUOTED),
+    bad("optimizer.lr=[0.1", "optimizer.lr=[0.1 cannot be read as key=value", QUOTED),
+    bad("train.tag=it's", "train.tag=it's cannot be read as key=value", QUOTED),
+    bad("hydra.run.dir=runs/lr=0.1", "hydra.run.dir=runs/lr=0.1 cannot be read as key=value", QUOTED),
+    bad("optimizer.lr=0,1", "Ambiguous value for argument 'optimizer.lr=0,1'", "--multirun"),
+    bad("--config-dir nothere", "nothere' not found"),
+    bad("--config-dir not/here", "not/here' not found"),
+    bad("--config-name nothere", "Cannot find primary config 'nothere'"),
 ]  # fmt: skip
 
 # Found while the run is built, on small data.
@@ -207,6 +223,19 @@ def test_mistake_in_what_is_built(case: Case, own: Path, here: Path) -> None:
     assert_nothing_in(here)
 
 
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [("--lr=0.1", "--lr=0.1"), ("--epochs 3", "--epochs"), ("seed=1 --multirun model=lenet,mlp", "model=lenet,mlp")],
+)
+def test_flag_that_there_is_not_or_that_comes_late(words: str, unknown: str, here: Path) -> None:
+    done = call(*words.split(), cwd=here)
+    assert done.status == 2
+    said, way_out = done.err.splitlines()[-2:]
+    assert f"error: unrecognized arguments: {unknown}" in said
+    assert way_out == "Flags such as --multirun come first. Settings follow, as key=value without dashes."
+    assert_nothing_in(here)
+
+
 @pytest.mark.parametrize("words", ["optimizer.lrr=0.1", "seed=-1", "model=lennet", "optimizer=broken"])
 def test_full_error_is_the_exception_itself(words: str, own: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
@@ -263,6 +292,94 @@ def test_folder_that_cannot_be_made(key: str, folder: str, here: Path) -> None:
     assert (here / "taken").read_text() == "a file, not a folder"
 
 
+@pytest.fixture(scope="module")
+def bound() -> tuple[str, ...]:
+    """What comes before a command so that permissions hold for it, as they do not for root."""
+    if os.geteuid() != 0:
+        return ()
+    words = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    try:
+        subprocess.run([*words, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"for root no folder is closed, and setpriv does not change that here: {error}")
+    return words
+
+
+@pytest.fixture(params=["Permission denied", "Read-only file system"])
+def closed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder to which nothing can be written, and why."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    if request.param == "Permission denied":
+        (folder / "note").touch()
+        folder.chmod(0o555)
+        yield folder, request.param
+        folder.chmod(0o755)
+        return
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+        subprocess.run(mount, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a read-only file system cannot be mounted here: {getattr(error, 'stderr', '') or error}")
+    yield folder, request.param
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [
+        ("", "hydra.run.dir=<folder>"),
+        ("hydra.run.dir={}/run", "hydra.run.dir=<folder>"),
+        ("hydra.run.dir={}", "hydra.run.dir=<folder>"),
+        ("--multirun seed=1,2", "hydra.sweep.dir=<folder>"),
+        ("--multirun seed=1,2 hydra.sweep.dir={}", "hydra.sweep.dir=<folder>"),
+        ("dataset=fashion_mnist dataset.root={} hydra.run.dir={}/../run", "dataset.root=<folder>"),
+    ],
+)
+def test_folder_that_cannot_be_written(
+    words: str, out: str, closed: tuple[Path, str], bound: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder, reason = closed
+    small = () if "fashion" in words else SMALL
+    done = run(*words.replace("{}", str(folder)).split(), *small, cwd=folder, command=(*bound, *PYTHON))
+    assert_refused(done, (reason, out))
+    assert [path.name for path in tmp_path.iterdir()] == ["closed"]
+    assert [path.name for path in folder.iterdir()] in (["note"], [])
+
+
+def test_files_that_cannot_be_read(here: Path, bound: tuple[str, ...], tmp_path: Path) -> None:
+    write_idx_splits(tmp_path, "FashionMNIST")
+    images = tmp_path / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte"
+    images.chmod(0o000)
+    done = run(f"dataset.root={tmp_path}", cwd=here, command=(*bound, *PYTHON))
+    assert_refused(done, (str(images), "Permission denied"))
+    option = tmp_path / "conf" / "model" / "closed.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text("_target_: wrong.Three\n")
+    option.chmod(0o000)
+    done = run("--config-dir", str(tmp_path / "conf"), "model=closed", cwd=here, command=(*bound, *PYTHON))
+    assert_refused(done, (str(option), "Permission denied"))
+    assert_nothing_in(here)
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "extra"),
+    [
+        ("hydra/launcher=joblib hydra.launcher.n_jobs=2", "joblib", "sweep"),
+        ("hydra/launcher=slurm", "submitit", "sweep"),
+        ("hydra/sweeper=optuna optimizer.lr=interval(0.1,0.2)", "optuna", "optuna"),
+    ],
+)
+def test_extra_that_is_not_installed(
+    words: str, module: str, extra: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # so that its import fails
+    done = call("--multirun", *SMALL, *words.split(), "seed=1,2", cwd=here)
+    assert_refused(done, (f"{words.split()[0]} needs ", f'pip install "fmexp[{extra}]"'))
+    assert not list(here.rglob("result.json"))
+
+
 def test_folders_that_held_something_stay(here: Path) -> None:
     (here / "runs").mkdir()
     (here / "runs" / "note").write_text("mine")
@@ -288,9 +405,9 @@ def test_program_in_a_process_of_its_own(case: Case, here: Path) -> None:
 
 @pytest.mark.parametrize("word", ["optimizer.lrr=0.1", "seed=-1"])
 def test_full_error_gives_the_traceback(word: str, here: Path) -> None:
-    done = run(word, cwd=here, env=environment(CHECKOUT, HYDRA_FULL_ERROR="1"))
+    done = run(word, cwd=here, env=environment(HYDRA_FULL_ERROR="1"))
     assert done.status == 1
-    assert done.err.lstrip().startswith(("Traceback (most recent call last)", "Error executing job"))
+    assert "Traceback (most recent call last)" in done.err
     assert 'File "' in done.err
     assert word.partition("=")[0].rpartition(".")[2] in done.err.splitlines()[-1] + done.err.splitlines()[-3]
     assert_nothing_in(here)

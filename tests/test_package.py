@@ -1,19 +1,24 @@
-"""The wheel: what it holds, and the program run from it alone; and that every source file says what it is for."""
+"""The wheel and the sdist: what they hold, and the program and the example project run from the installed wheel alone;
+and that every source file says what it is for."""
 
 import ast
 import email
 import json
-import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
-import zipfile
+import tarfile
 from email.message import Message
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 from omegaconf import OmegaConf
-from program import CHECKOUT, environment, run
-from tools import SMALL
+from program import CHECKOUT, OWN_PROJECT, Finished, environment, run
+from tools import read_events, scalars, weights
 
 import fmexp
 
@@ -32,12 +37,23 @@ def shown(path: Path) -> str:
     return str(path.relative_to(CHECKOUT))
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by the hook that pip calls."""
+class Installed(NamedTuple):
+    """A virtual environment that has the wheel, and everything else from the environment of the tests."""
+
+    python: Path
+    site: Path
+
+    def run(self, *words: str, cwd: Path) -> Finished:
+        """Run a program of the environment, which finds no other fmexp than the wheel's."""
+        env = environment()
+        del env["PYTHONPATH"]
+        return run(*words[1:], cwd=cwd, command=(str(self.python.with_name(words[0])),), env=env)
+
+
+def built(kind: str, folder: Path) -> Path:
+    """The wheel or the sdist, built by the hook that pip calls."""
     pytest.importorskip("hatchling")
-    folder = tmp_path_factory.mktemp("wheel")
-    build = "import sys, hatchling.build; print(hatchling.build.build_wheel(sys.argv[1]))"
+    build = f"import sys, hatchling.build; print(hatchling.build.build_{kind}(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", build, str(folder)], cwd=CHECKOUT, capture_output=True, text=True, check=True
     )
@@ -46,35 +62,45 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel installs."""
-    folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built("wheel", tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
-def metadata(unpacked: Path) -> Message:
-    (path,) = unpacked.glob("fmexp-*.dist-info/METADATA")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("environment")
+    python = folder / "bin" / "python"
+    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", str(wheel)]
+    for command in ([sys.executable, "-m", "venv", str(folder)], [str(python), *install]):
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # After the wheel's own, and without their .pth files, such as that of an editable install.
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    return Installed(python, site)
+
+
+@pytest.fixture(scope="module")
+def metadata(installed: Installed) -> Message:
+    (path,) = installed.site.glob("fmexp-*.dist-info/METADATA")
     return email.message_from_string(path.read_text())
 
 
-def test_wheel_holds_every_file_of_the_package_and_of_conf(unpacked: Path) -> None:
+def test_wheel_installs_every_file_of_the_package_and_of_conf(installed: Installed) -> None:
     expected = {path.relative_to(CHECKOUT): path for path in PACKAGE}
     expected |= {Path("fmexp") / path.relative_to(CHECKOUT): path for path in CONF}
-    found = {path.relative_to(unpacked) for path in (unpacked / "fmexp").rglob("*") if path.is_file()}
-    assert found == set(expected)
+    files = [path for path in (installed.site / "fmexp").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {path.relative_to(installed.site) for path in files} == set(expected)
     for name, path in expected.items():
-        assert (unpacked / name).read_bytes() == path.read_bytes(), name
+        assert (installed.site / name).read_bytes() == path.read_bytes(), name
 
 
-def test_wheel_says_what_it_is_and_needs(unpacked: Path, metadata: Message) -> None:
+def test_wheel_says_what_it_is_and_needs(installed: Installed, metadata: Message) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("fmexp", fmexp.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
     assert (metadata["License-Expression"], metadata["License-File"]) == ("MIT", "LICENSE")
     assert len(metadata["Summary"]) > 20
-    (license_file,) = unpacked.glob("fmexp-*.dist-info/licenses/LICENSE")
+    (license_file,) = installed.site.glob("fmexp-*.dist-info/licenses/LICENSE")
     assert license_file.read_text() == (CHECKOUT / "LICENSE").read_text()
     assert license_file.read_text().startswith("MIT License")
     assert metadata.get_payload() == (CHECKOUT / "README.md").read_text()
@@ -82,30 +108,98 @@ def test_wheel_says_what_it_is_and_needs(unpacked: Path, metadata: Message) -> N
     names = {"filelock>=3.31", "matplotlib", "numpy", "omegaconf", "tensorboard", "torch", "torchvision", "tqdm"}
     assert names <= needed
     assert "hydra-core<1.5,>=1.3.8" in needed
-    assert {"sweep", "test", "dev"} <= set(metadata.get_all("Provides-Extra", []))
-    (scripts,) = unpacked.glob("fmexp-*.dist-info/entry_points.txt")
-    assert scripts.read_text().split("\n")[:2] == ["[console_scripts]", "fmexp = fmexp.cli:main"]
+    assert {"sweep", "optuna", "browser", "test", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    (scripts,) = installed.site.glob("fmexp-*.dist-info/entry_points.txt")
+    assert scripts.read_text().split("\n")[:2] == ["[console_scripts]", "fmexp = fmexp.__main__:main"]
 
 
-def test_program_from_the_wheel_alone(unpacked: Path, tmp_path: Path) -> None:
-    env = environment(unpacked)
-    shown = run("--cfg", "job", "model=mlp", cwd=tmp_path, env=env)
+def test_sdist_holds_what_the_tests_need(tmp_path: Path) -> None:
+    root = f"fmexp-{fmexp.__version__}"
+    with tarfile.open(built("sdist", tmp_path)) as archive:
+        names = {name.removeprefix(f"{root}/") for name in archive.getnames()}
+    docs = [path for path in (CHECKOUT / "docs").iterdir() if path.is_file()]
+    texts = [*CHECKOUT.glob("*.md"), OWN_PROJECT / "README.md", CHECKOUT / "LICENSE", CHECKOUT / "pyproject.toml"]
+    hidden = [CHECKOUT / name for name in (".ci/run", ".gitignore", ".pre-commit-config.yaml", "multirun/.gitignore")]
+    assert names >= {shown(path) for path in (*PACKAGE, *CONF, *OTHERS, *docs, *texts, *hidden)}
+    assert not [name for name in names if re.search(r"__pycache__|(^|/)(runs|data|\.venv|\.\w+_cache)/|tfevents", name)]
+
+
+def test_program_of_the_wheel(installed: Installed, tmp_path: Path) -> None:
+    shown = installed.run("fmexp", "--cfg", "job", "model=mlp", cwd=tmp_path)
     assert (shown.status, shown.err) == (0, "")
     expected = OmegaConf.create(OmegaConf.to_yaml(fmexp.compose(["model=mlp"])))
     assert OmegaConf.create(shown.out) == expected
-    done = run(*SMALL, "logging=light", "hydra.run.dir=out", cwd=tmp_path, env=env)
+    where = "import fmexp.config; print(fmexp.__file__, fmexp.config.conf_dir(), sep='\\n')"
+    found = installed.run("python", "-c", where, cwd=tmp_path)
+    package = installed.site / "fmexp"
+    assert found == Finished(0, f"{package / '__init__.py'}\n{package / 'conf'}\n", "")
+
+
+@pytest.fixture
+def own_project(tmp_path: Path) -> Path:
+    """A copy of the example, as a person makes it."""
+    left_out = shutil.ignore_patterns("__pycache__", "runs", "multirun")
+    return shutil.copytree(OWN_PROJECT, tmp_path / "own_project", ignore=left_out)
+
+
+def commands_of_the_example() -> list[str]:
+    text = (OWN_PROJECT / "README.md").read_text()
+    return re.findall(r"^ {4}(python .*)$", text, re.MULTILINE)
+
+
+def results(project: Path) -> list[Path]:
+    """The folders of the runs in a project, in the order of their names."""
+    return sorted(path.parent for path in project.rglob("result.json"))
+
+
+def test_own_dataset_model_and_stage_with_the_wheel(installed: Installed, own_project: Path) -> None:
+    command = commands_of_the_example()[0]
+    assert command == "python -m fmexp --config-dir conf dataset=stripes model=roughness +stage=weight_norm"
+    done = installed.run(*shlex.split(command), cwd=own_project)
+    assert (done.status, done.err) == (0, "")
+    assert "600 stripes" in done.out
+    (folder,) = results(own_project)
+    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert cfg.dataset._target_ == "stripes.data.stripes"
+    assert (cfg.model._target_, cfg.model.scale) == ("stripes.model.Roughness", 10.0)
+    sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
+    used = {source.path for source in sources}
+    assert {str(installed.site / "fmexp" / "conf"), str(own_project / "conf")} <= used
+    assert not {path for path in used if Path(path).is_relative_to(CHECKOUT)}
+
+    result, trained, events = json.loads((folder / "result.json").read_text()), weights(folder), read_events(folder)
+    assert (result["status"], result["steps"], result["failures"]) == ("complete", 150, {})
+    assert result["objective"] == result["metrics"]["test/accuracy"] > 0.6
+    assert {name: tuple(tensor.shape) for name, tensor in trained.items()} == {
+        "judge.weight": (2, 2), "judge.bias": (2,)}  # fmt: skip
+    norm = float(torch.cat([tensor.flatten() for tensor in trained.values()]).norm())
+    assert scalars(events, "weights/norm") == [(150, pytest.approx(norm))]
+    assert result["metrics"]["weights/norm"] == pytest.approx(norm)
+    assert {"along", "across"} <= set(events.Tags()["tensors"]), "a PR curve for each class"
+    assert scalars(events, "per_class_accuracy/along")
+
+
+@pytest.mark.parametrize("command", commands_of_the_example()[1:])
+def test_commands_of_the_example(command: str, installed: Installed, own_project: Path) -> None:
+    done = installed.run(*shlex.split(command), cwd=own_project)
     assert done.status == 0, done.err
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["status"] == "complete"
-    sources = OmegaConf.load(tmp_path / "out" / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
-    assert str(unpacked / "fmexp" / "conf") in [source.path for source in sources]
-    where = [sys.executable, "-c", "import fmexp.config; print(fmexp.__file__, fmexp.config.conf_dir(), sep='\\n')"]
-    found = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
-    assert found.splitlines() == [str(unpacked / "fmexp" / "__init__.py"), str(unpacked / "fmexp" / "conf")]
-    assert str(CHECKOUT) + os.sep not in found + done.out
+    folders = results(own_project)
+    assert len(folders) == (1 if "--config-dir" in command else 3) + ("--multirun" in command)
+    seeds = set()
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["status"], result["steps"], result["failures"]) == ("complete", 450, {})
+        points = scalars(read_events(folder), "weights/norm")
+        assert [step for step, _ in points] == [150, 300, 450]
+        assert points[-1][1] == pytest.approx(result["metrics"]["weights/norm"])
+        seeds.add(OmegaConf.load(folder / ".hydra" / "config.yaml").seed)
+    if "train.py" in command:
+        assert seeds == {0, 1, 2}
+        assert re.fullmatch(r"test accuracy 0\.\d{3}, spread 0\.\d{3}\n", done.out)
 
 
-def test_missing_conf_is_said(unpacked: Path, tmp_path: Path) -> None:
-    for path in (unpacked / "fmexp").glob("*.py"):
+def test_missing_conf_is_said(installed: Installed, tmp_path: Path) -> None:
+    for path in (installed.site / "fmexp").glob("*.py"):
         target = tmp_path / "fmexp" / path.name
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
