@@ -26,7 +26,7 @@ EXPERIMENT = ["-m", "fmexp", "experiment=tutorial", "device=cpu"]
 LOOPS = [  # model, batch size, batches
     ("lenet", 4, 3000), ("lenet", 64, 400), ("lenet", 512, 60),
     ("mlp", 4, 3000), ("mlp", 64, 800), ("mlp", 512, 100),
-    ("resnet18", 4, 60), ("resnet18", 64, 12), ("resnet18", 512, 3),
+    ("resnet18", 4, 60), ("resnet18", 64, 30), ("resnet18", 512, 3),
 ]  # fmt: skip
 DATASET_BYTES = 70_000 * (28 * 28 + 8)  # uint8 images and int64 labels
 

@@ -41,12 +41,28 @@ def trained(root: Path) -> float:
     return sum(json.loads(path.read_text())["seconds"] for path in root.glob("*/result.json"))
 
 
+def cores_gain() -> float:
+    """What as many processes as cores get done of a plain loop, against one: all that a launcher can gain here."""
+    cores = len(os.sched_getaffinity(0))
+    loop = [sys.executable, "-c", "for number in range(30_000_000): number * number"]
+
+    def seconds(processes: int) -> float:
+        began = time.perf_counter()
+        started = [subprocess.Popen(loop) for _ in range(processes)]
+        for process in started:
+            process.wait()
+        return time.perf_counter() - began
+
+    return cores * seconds(1) / seconds(cores)
+
+
 def side_by_side(folder: Path, rounds: int) -> None:
     """16 members of 1,000 batches, joblib against basic, in turns; then the same without what a sweep needs to begin
     and to end, which is that of two members of one batch."""
     words = (*BATCH, "dataset.train_size=4000", "logging=light")
-    wholes, rates = [], []
+    wholes, rates, bounds = [], [], []
     for number in range(rounds):
+        bounds.append(cores_gain())
         took = {}
         for launcher in ("basic", "joblib"):
             root, chosen = folder / f"{launcher}{number}", f"hydra/launcher={launcher}"
@@ -57,8 +73,10 @@ def side_by_side(folder: Path, rounds: int) -> None:
         rates.append((basic - basic_few) / (joblib - joblib_few))
         print(f"16 members x 1,000 batches   basic {basic:.1f} s   joblib {joblib:.1f} s   {wholes[-1]:.2f} times")
         print(f"    without start and end {basic_few:.1f} s and {joblib_few:.1f} s: {rates[-1]:.2f} times")
-    print(f"medians of {rounds}, on {len(os.sched_getaffinity(0))} cores: {statistics.median(wholes):.2f} times, "
-          f"without start and end {statistics.median(rates):.2f} times (>= 1.8)")  # fmt: skip
+        print(f"    a plain loop in as many processes as cores: {bounds[-1]:.2f} times")
+    whole, rate, bound = (statistics.median(values) for values in (wholes, rates, bounds))
+    print(f"medians of {rounds}, on {len(os.sched_getaffinity(0))} cores: {whole:.2f} times, without start and end "
+          f"{rate:.2f} (>= 1.8); a plain loop {bound:.2f}")  # fmt: skip
 
 
 def kilobytes(root: Path, without: str = "") -> float:

@@ -1,11 +1,15 @@
 """`python -m fmexp`, and the command `fmexp`."""
 
+import os
+
 from fmexp import garbage
 
 
 def main() -> None:
     """Run the program."""
     garbage.wait()
+    # Waiting threads of OpenMP spin so long by default that a busy machine comes to a standstill (docs/performance.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from fmexp import cli
 
     cli.main()

@@ -4,6 +4,7 @@ Hydra's sweepers (the grid, Optuna) hand the members over as lists of overrides.
 sweep's folder by its configuration, and then skipped, resumed or trained; what came of it is read from its folder.
 """
 
+import importlib
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fmexp import config, disk, folder, parallel, results, slurm, sweep
-from fmexp.errors import FmexpError
+from fmexp.errors import ConfigError, FmexpError
 from fmexp.members import Composer, Member, ended_by_signals, execute
 from fmexp.search import Search
 
@@ -94,19 +95,24 @@ class Launcher(HydraLauncher):
         if self.config.sweep.dry_run:
             print(_plan_table(members))
             raise SystemExit(0)
+        todo = [member for member in members if member.action != "skip"]
+        jobs = min(self.at_once, len(todo))
+        if self.slurm is not None:
+            _need("submitit", "slurm")
+        elif jobs > 1:
+            _need("joblib", "joblib")
         root.mkdir(parents=True, exist_ok=True)
         disk.write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
         sweep.begin(root, {member.folder: member.tree for member in members})
         if root not in LAUNCHED:
             LAUNCHED.append(root)
-        todo = [member for member in members if member.action != "skip"]
         log.info("sweep of %d members (%s) in %s", len(members), _counts(members), root)
         todo_folders = {member.folder for member in todo}
         progress = sweep.Progress([m.folder for m in members], todo_folders, members[0].cfg.objective)
         fail_fast = bool(self.config.sweep.fail_fast)
         if self.slurm is not None:
             slurm.run(root, todo, self.slurm, progress, self.hydra_context, fail_fast=fail_fast)
-        elif (jobs := min(self.at_once, len(todo))) > 1:
+        elif jobs > 1:
             parallel.run(todo, jobs, progress, self.hydra_context, fail_fast=fail_fast)
         else:
             self._one_after_another(todo)
@@ -142,6 +148,14 @@ class Launcher(HydraLauncher):
                 configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
                 if self.config.sweep.fail_fast and results.status(member.folder) == "failed":
                     break
+
+
+def _need(package: str, launcher: str) -> None:
+    """Raise ConfigError where a launcher's package is not installed."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(f'hydra/launcher={launcher} needs {package}: pip install "fmexp[sweep]"') from None
 
 
 def _counts(members: list[Member]) -> str:

@@ -123,5 +123,6 @@ def prepare_data(members: list[Member]) -> None:
 
 
 def fail(member: Member, error: str) -> None:
+    """Say that a member failed, and note it in its folder."""
     log.error("%s: %s", member.folder.name, error)
     folder.write_failure(member.folder, member.tree, member.overrides, error)

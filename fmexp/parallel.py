@@ -14,7 +14,6 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
 from fmexp import garbage, results, sweep
-from fmexp.errors import ConfigError
 from fmexp.members import Member, ended_by_signals, execute, fail, prepare_data
 from fmexp.stop import Stop
 
@@ -25,10 +24,8 @@ def run(
     members: list[Member], jobs: int, progress: sweep.Progress, hydra_context: HydraContext, *, fail_fast: bool
 ) -> None:
     """Run members in `jobs` processes, each in an executor of its own: one that dies costs its member alone."""
-    try:
-        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
-    except ImportError:
-        raise ConfigError('hydra/launcher=joblib needs joblib: pip install "fmexp[sweep]"') from None
+    from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+
     garbage.watch()
     with ended_by_signals():
         prepare_data(members)

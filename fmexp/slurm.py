@@ -13,7 +13,6 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from fmexp import disk, garbage, results, sweep
-from fmexp.errors import ConfigError
 from fmexp.members import Member, ended_by_signals, execute, fail, prepare_data
 
 log = logging.getLogger(__name__)
@@ -35,10 +34,8 @@ def run(
 
     A job that is put back into the queue resumes from where it was. The jobs go on if this process ends.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError('hydra/launcher=slurm needs submitit: pip install "fmexp[sweep]"') from None
+    import submitit
+
     garbage.watch()
     jobs = _submitted(root)
     queued = _queue()

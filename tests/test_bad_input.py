@@ -377,7 +377,7 @@ def test_extra_that_is_not_installed(
         monkeypatch.setitem(sys.modules, name, None)  # so that its import fails
     done = call("--multirun", *SMALL, *words.split(), "seed=1,2", cwd=here)
     assert_refused(done, (f"{words.split()[0]} needs ", f'pip install "fmexp[{extra}]"'))
-    assert not list(here.rglob("result.json"))
+    assert_nothing_in(here)
 
 
 def test_folders_that_held_something_stay(here: Path) -> None:
