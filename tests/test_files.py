@@ -297,16 +297,6 @@ def test_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
     assert server.requests == []
 
 
-def test_folder_that_cannot_be_written(server: Server, folder: Path) -> None:
-    folder.mkdir(parents=True, mode=0o555)
-    if os.access(folder, os.W_OK):
-        pytest.skip("root may write everywhere")
-    with pytest.raises(DataError, match="Permission denied"):
-        fetch([SMALL], folder, [server.serve_all("one")], download=True, hint=HINT)
-    assert server.requests == []
-    folder.chmod(0o755)
-
-
 def test_full_disk_is_not_blamed_on_the_mirror(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
