@@ -84,18 +84,14 @@ def main(folder: Path) -> None:
             os.environ["FMEXP_DATA"] = str(DOCS.parent / "data")
         execute(compose(["experiment=tutorial"]), root / "tutorial")
         members = sweep.start(SWEEP, root / "sweep")
-        server = Server(root, fast=True)
-        try:
+        with Server(root, fast=True) as server, browser.pages(1200, 720) as page:
             server.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
-            with browser.pages(1200, 720) as page:
-                for tab in TABS:
-                    tab(page, server.url)
-                    page.wait_for_timeout(2000)  # until nothing moves any more: for the eye, and not for being right
-                    path = folder / f"{tab.__name__}.png"
-                    browser.save(page, path)
-                    print(path, f"{path.stat().st_size / 1000:.0f} KB")
-        finally:
-            server.process.terminate()
+            for tab in TABS:
+                tab(page, server.url)
+                page.wait_for_timeout(2000)  # until nothing moves any more: for the eye, and not for being right
+                path = folder / f"{tab.__name__}.png"
+                browser.save(page, path)
+                print(path, f"{path.stat().st_size / 1000:.0f} KB")
 
 
 if __name__ == "__main__":

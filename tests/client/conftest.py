@@ -41,10 +41,6 @@ def members(logdir: Path) -> list[sweep.Member]:
 @pytest.fixture(scope="session", params=["fast", "slow"])
 def server(request: pytest.FixtureRequest, logdir: Path, members: list[sweep.Member]) -> Iterator[Server]:
     """TensorBoard with its fast loader and, again, with its slow one."""
-    running = Server(logdir, fast=request.param == "fast")
-    try:
+    with Server(logdir, fast=request.param == "fast") as running:
         running.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
         yield running
-    finally:
-        running.process.terminate()
-        running.process.wait()

@@ -31,6 +31,13 @@ class Server:
             stderr=subprocess.DEVNULL,
         )
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
     def bytes(self, path: str, **query: Any) -> bytes:
         words = f"?{urllib.parse.urlencode(query)}" if query else ""
         with urllib.request.urlopen(f"{self.url}/data/{path}{words}", timeout=30) as answer:

@@ -24,13 +24,9 @@ CLASSES = "Trouser", "Sandal", "Ankle Boot"
 @pytest.fixture(scope="session")
 def tensorboard(logdir: Path, members: list[sweep.Member]) -> Iterator[Server]:
     """TensorBoard as a user starts it."""
-    running = Server(logdir, fast=True)
-    try:
+    with Server(logdir, fast=True) as running:
         running.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
         yield running
-    finally:
-        running.process.terminate()
-        running.process.wait()
 
 
 @pytest.fixture(scope="module")
