@@ -30,22 +30,14 @@ SHOWN = 100  # how many members the console's table has at most
 
 
 @dataclass(frozen=True)
-class Member:
+class Member(results.Result):
     """A member of a sweep as its folder has it.
 
     Attributes:
         overrides: what made it this member, such as {"optimizer.lr": "0.1"}.
-        status: complete, diverged, failed, running or interrupted.
-        objective: NaN while there is none.
     """
 
-    folder: Path
     overrides: dict[str, str]
-    status: str
-    objective: float
-    metrics: dict[str, float]
-    seconds: float
-    error: str
 
 
 def read(root: str | Path) -> list[Member]:
@@ -286,7 +278,7 @@ def _picture(root: Path, members: Sequence[Member]) -> bytes:
         axis.set_ylabel(objective)
     for member in ranked(scored, objective)[:20]:
         tag = str(OmegaConf.load(member.folder / folder.CONFIG).train.tag)
-        points = results.read(member.folder).scalars.get(tag, [])
+        points = member.scalars.get(tag, [])
         axes[-1].plot([step for step, _ in points], [loss for _, loss in points], label=member.folder.name[:30])
     axes[-1].set_xlabel("step")
     axes[-1].set_ylabel("running training loss")
@@ -337,15 +329,7 @@ def _is_free(path: Path) -> bool:
 def _read_member(path: Path) -> Member:
     result = results.read(path)
     overrides = OmegaConf.load(path / ".hydra" / "overrides.yaml")
-    return Member(
-        folder=path,
-        overrides=split([str(word) for word in overrides]),
-        status=result.status,
-        objective=result.objective,
-        metrics=result.metrics,
-        seconds=result.seconds,
-        error=result.error,
-    )
+    return Member(**vars(result), overrides=split([str(word) for word in overrides]))
 
 
 def split(overrides: Sequence[str]) -> dict[str, str]:
