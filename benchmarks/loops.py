@@ -1,6 +1,6 @@
 """In one process, taken in turns: fmexp's training against bare PyTorch loops, or fmexp's evaluation with its stages.
 
-    python benchmarks/loops.py training <pairs> <batches> <override>...
+    python benchmarks/loops.py training <pairs> <batches> device=<device> <override>...
     python benchmarks/loops.py evaluation <pairs>
 
 The last line of its output is JSON: seconds by name, one of each a pair. benchmarks/run.py calls this.
@@ -25,6 +25,13 @@ from fmexp.run import Run
 DEFAULT_THREADS = torch.get_num_threads()
 
 
+def clock() -> float:
+    """Seconds, once a GPU has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def bare(overrides: list[str], batches: int, threads: int) -> float:
     """Seconds of a plain loop of PyTorch's defaults over normalised images in memory, without any logging."""
     cfg = compose(overrides)
@@ -35,7 +42,7 @@ def bare(overrides: list[str], batches: int, threads: int) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.optimizer.lr, momentum=cfg.optimizer.momentum)
     criterion = nn.CrossEntropyLoss()
     torch.set_num_threads(threads)
-    began = time.perf_counter()
+    began = clock()
     done = 0
     while done < batches:
         for chosen in torch.randperm(len(images)).split(size)[: batches - done]:
@@ -44,7 +51,7 @@ def bare(overrides: list[str], batches: int, threads: int) -> float:
             loss.backward()
             optimizer.step()
             done += 1
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     torch.set_num_threads(DEFAULT_THREADS)
     return seconds
 
@@ -63,9 +70,9 @@ def ours(overrides: list[str], batches: int) -> float:
         nonlocal seconds
 
         def took(moment: str) -> float:
-            start = time.perf_counter()
+            start = clock()
             moments[moment]()
-            return time.perf_counter() - start
+            return clock() - start
 
         def on_log() -> None:
             logs.append(took("on_log"))
@@ -81,11 +88,9 @@ def ours(overrides: list[str], batches: int) -> float:
             else:
                 moments["on_step"]()
 
-        began = time.perf_counter()
+        began = clock()
         original(run, on_log=on_log, on_epoch=on_epoch, on_step=on_step)
-        seconds = (
-            time.perf_counter() - began - apart - sum(logs) + statistics.mean(logs) * batches / cfg.train.log_every
-        )
+        seconds = clock() - began - apart - sum(logs) + statistics.mean(logs) * batches / cfg.train.log_every
 
     train.train = timed
     try:
@@ -115,12 +120,13 @@ def main(what: str, pairs: int, *rest: str) -> None:
     if what == "evaluation":
         work = {"fmexp": evaluation}
     else:
-        batches, overrides = int(rest[0]), ["experiment=tutorial", "device=cpu", "train.epochs=1000", *rest[1:]]
+        batches, overrides = int(rest[0]), ["experiment=tutorial", "train.epochs=1000", *rest[1:]]
         work = {
             "fmexp": lambda: ours(overrides, batches),
             "bare": lambda: bare(overrides, batches, DEFAULT_THREADS),
-            "bare, one thread": lambda: bare(overrides, batches, 1),
         }
+        if "device=cpu" in overrides:
+            work["bare, one thread"] = lambda: bare(overrides, batches, 1)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(pairs):
         for name, function in work.items():

@@ -1,6 +1,6 @@
 """Print the table of docs/performance.md: what fmexp's speed is, against the tutorial's script and bare loops.
 
-    FMEXP_DATA=<folder with FashionMNIST/raw> python benchmarks/run.py [--rows whole training ...] [--pairs 3] [--quick]
+    FMEXP_DATA=<folder with FashionMNIST/raw> python benchmarks/run.py [--rows whole training ...] [options]
 
 Everything is measured in turns (A B A B), on the wall clock, and medians are compared: run it on an idle machine.
 This process imports no torch, for a child's peak memory begins with that of its parent.
@@ -52,8 +52,8 @@ def child(*arguments: str) -> tuple[float, int, str]:
 class Bench:
     """The rows, each yielding (work, fmexp, what against, its figure, ratio, at least)."""
 
-    def __init__(self, scratch: Path, pairs: int, quick: bool) -> None:
-        self.scratch, self.pairs = scratch, pairs
+    def __init__(self, scratch: Path, pairs: int, quick: bool, device: str) -> None:
+        self.scratch, self.pairs, self.device = scratch, pairs, device
         self.batches = 1500 if quick else 15_000
         self.scale = 10 if quick else 1
         self.number = 0
@@ -92,7 +92,7 @@ class Bench:
         for model, size, count in LOOPS:
             batches = max(2, count // self.scale)
             *_, last = child(str(HERE / "loops.py"), "training", str(self.pairs), str(batches),
-                             f"model={model}", f"train.batch_size={size}")  # fmt: skip
+                             f"device={self.device}", f"model={model}", f"train.batch_size={size}")  # fmt: skip
             seconds = {name: statistics.median(values) / batches for name, values in json.loads(last).items()}
             a = seconds.pop("fmexp")
             for name, b in seconds.items():
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="which rows")
     parser.add_argument("--pairs", type=int, default=3, help="how often each of two is measured")
     parser.add_argument("--quick", action="store_true", help="a tenth of the batches; says how it works, not how fast")
+    parser.add_argument("--device", default="cpu", help="of the training loops: cpu, cuda; other rows are the CPU's")
     chosen = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "hydra-core", "tensorboard"))
     print(f"{len(os.sched_getaffinity(0))} cores, {processor()}; Python {platform.python_version()}, {versions}")
@@ -179,7 +180,7 @@ def main() -> None:
     print("| work | fmexp | against | its figure | ratio | at least |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         unpack(Path(scratch) / "data")
-        bench = Bench(Path(scratch), chosen.pairs, chosen.quick)
+        bench = Bench(Path(scratch), chosen.pairs, chosen.quick, chosen.device)
         for row in chosen.rows:
             for work, ours, against, theirs, ratio, least in getattr(bench, row)():
                 verdict = "" if ratio >= least else " (falls short)"

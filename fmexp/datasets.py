@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,14 @@ class Dataset:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float32, the very bits of torchvision's ToTensor and Normalize."""
-        pixels = images.to(torch.float32).div_(255)
-        return pixels.sub_(self._per_channel(self.mean, pixels)).div_(self._per_channel(self.std, pixels))
+        scale, mean, std = (_per_channel(tuple(values), images.device) for values in ((255.0,), self.mean, self.std))
+        return images.to(torch.float32).div_(scale).sub_(mean).div_(std)
 
     def displayable(self, images: Tensor) -> Tensor:
         """Normalised [B, C, H, W] -> float32 in [0, 1] on the CPU: the bytes that were normalised, divided by 255."""
         images = images.detach().to("cpu", torch.float32)
-        pixels = images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
+        mean, std = (_per_channel(tuple(values), images.device) for values in (self.mean, self.std))
+        pixels = images * std + mean
         return pixels.clamp(0, 1).mul(255).round().div(255)  # rounded, for TensorBoard cuts off: 0.9999 becomes 0
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
@@ -100,11 +102,14 @@ class Dataset:
         pairs = [split[index] for index in indices.tolist()]
         return torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
 
-    @staticmethod
-    def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor | float:
-        if len(set(values)) == 1:
-            return values[0]
-        return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor | float:
+    """Values a channel, to broadcast over [B, C, H, W]; one number where they are equal, and it is as good."""
+    if device.type != "cuda" and len(set(values)) == 1:
+        return values[0]
+    # CUDA multiplies by the reciprocal of a number, which has other bits, and cannot copy from the host in a graph.
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def length(split: Split | MapStyle) -> int:

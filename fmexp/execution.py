@@ -130,8 +130,12 @@ class _Execution:
         events.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
         if status == "complete":
+            weights = run.model.state_dict()
+            for name, value in weights.items():
+                if isinstance(value, torch.Tensor):
+                    weights[name] = value.cpu()  # to be read where there is no such device
             with disk.whole(self.output_dir / "model.pt") as file:
-                torch.save(run.model.state_dict(), file)
+                torch.save(weights, file)
         objective = _write_result(run, self.output_dir, self.tree, status)
         checkpoint.discard(self.output_dir)
         self._conclude(status)
@@ -198,6 +202,8 @@ class _Execution:
     def _restore(self, state: dict[str, Any]) -> None:
         run = self.run
         run.model.load_state_dict(state["model"])
+        for saved, group in zip(state["optimizer"]["param_groups"], run.optimizer.param_groups, strict=True):
+            saved.update({name: group[name] for name in ("fused", "capturable") if name in group})  # of this device
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))

@@ -1,8 +1,8 @@
-"""A faster way to take the same training step: loss and gradients as one compiled function (docs/performance.md)."""
+"""Faster ways to take the same training step: a compiled function, and a CUDA graph (docs/performance.md)."""
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fmexp import datasets, train
+from fmexp import capture, datasets, train
 from fmexp.run import Run, looking
 
 log = logging.getLogger(__name__)
@@ -20,24 +20,52 @@ log = logging.getLogger(__name__)
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def whole_batches(run: Run) -> Step:
-    """The step for batches of train.batch_size as run.backend has it; where that fails, the plain one, and it is said.
+def training(run: Run) -> Callable[[Tensor], Iterator[Tensor]]:
+    """How this run is trained: a function that trains on the images at some indices, int64 [N], a batch at a time.
+
+    It yields the loss of each batch, a scalar tensor, after it has set run.batch.
+    """
+    step = _any_step(run)
+    size, recorder = run.cfg.train.batch_size, capture.recorder(run)
+    captured = capture.Captured(run, step, recorder) if recorder else None
+
+    def plain(indices: Tensor) -> Iterator[Tensor]:
+        workers, seed = run.cfg.train.num_workers, (run.cfg.seed, run.epoch)
+        for images, labels in datasets.batches(
+            run.dataset, run.dataset.train, indices, size, device=run.device, num_workers=workers, seed=seed
+        ):
+            run.batch = images, labels
+            yield step(images, labels)
+
+    def by_graph(indices: Tensor) -> Iterator[Tensor]:
+        assert captured
+        for chosen in indices.to(run.device).split(size):
+            images, labels, loss = captured(chosen)
+            run.batch = images, labels
+            yield loss
+
+    return by_graph if captured else plain
+
+
+def _any_step(run: Run) -> Step:
+    """The step for batches of any size: compiled for whole ones, if run.backend says so and the model can be.
 
     Trying it changes nothing of the run but run.backend.compiled.
     """
     size = run.cfg.train.batch_size
-    whole = datasets.length(run.dataset.train) >= size
-    if run.backend.compiled and whole:
+    plain = partial(train.step, run.model, run.optimizer)
+    if run.backend.compiled and datasets.length(run.dataset.train) >= size:
         try:
             with looking(run.model, 0):
                 run.model.train()
                 images, labels = run.dataset.take(run.dataset.train, torch.arange(size))
-                return compiled(run.model, run.optimizer, images.to(run.device), labels.to(run.device))
+                whole = compiled(run.model, run.optimizer, images.to(run.device), labels.to(run.device))
+            return lambda images, labels: (whole if len(labels) == size else plain)(images, labels)
         except Exception as error:  # whatever a compiler raises
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.warning("the model cannot be compiled and is trained without that: %s", reason)
     run.backend = replace(run.backend, compiled=False)
-    return partial(train.step, run.model, run.optimizer)
+    return plain
 
 
 def compiled(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> Step:

@@ -41,6 +41,7 @@ class Run:
         losses: of the batches since the last running loss.
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
+        executed: how many stages were, by this process.
     """
 
     cfg: DictConfig
@@ -60,6 +61,7 @@ class Run:
     seconds: float = 0.0
     output_dir: Path = field(init=False)
     writer: SummaryWriter = field(init=False)
+    executed: int = field(default=0, init=False)
     _evaluation: tuple[int, Evaluation] | None = None
 
     @property
@@ -87,6 +89,7 @@ class Run:
                 self._execute(stage)
 
     def _execute(self, stage: Stage) -> None:
+        self.executed += 1
         try:
             with looking(self.model, randomness.key(self.cfg.seed, stage.name, self.step)):
                 stage.function(self)

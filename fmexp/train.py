@@ -42,14 +42,21 @@ def update(optimizer: Optimizer) -> None:
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
-    """The optimizer named by `cfg`, in its fused form where torch has one: the same update in one kernel."""
+    """The optimizer named by `cfg`, in its fused form where torch has one: the same update in one kernel.
+
+    On CUDA also in the form that a graph can capture, which keeps its count of steps on the device.
+    """
     for method in (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict):
         # Otherwise they import torch._dynamo, over a second, only to tell it that it is not wanted.
         vars(inspect.unwrap(method)).setdefault("__dynamo_disable", inspect.unwrap(method))
     build = hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
-    if "fused" in inspect.signature(build.func).parameters and not {"fused", "foreach", "differentiable"} & cfg.keys():
+    faster = {"fused"} if not {"fused", "foreach", "differentiable"} & cfg.keys() else set()
+    if any(parameter.is_cuda for parameter in model.parameters()) and "capturable" not in cfg:
+        faster.add("capturable")
+    faster &= inspect.signature(build.func).parameters.keys()
+    if faster:
         try:
-            return build(model.parameters(), fused=True)  # type: ignore[no-any-return]
+            return build(model.parameters(), **dict.fromkeys(faster, True))  # type: ignore[no-any-return]
         except RuntimeError:  # not for this optimizer, device or type of parameter
             pass
     return build(model.parameters())  # type: ignore[no-any-return]
@@ -81,28 +88,16 @@ def train(
     from fmexp import fast
 
     cfg = run.cfg.train
-    whole_batches = fast.whole_batches(run)
-    epochs, log_every, batch_size = batches_per_epoch(run.cfg, run.dataset), cfg.log_every, cfg.batch_size
+    trained = fast.training(run)
+    epochs, log_every = batches_per_epoch(run.cfg, run.dataset), cfg.log_every
     total = total_steps(run.cfg, run.dataset)
     count = datasets.length(run.dataset.train)
     with tqdm(total=total, initial=run.step, unit=" batches", disable=None, leave=False, dynamic_ncols=True) as bar:
         while run.step < total:
             rest = datasets.order(run.cfg.seed, run.epoch, count)[run.position * cfg.batch_size :]
             run.model.train()
-            for images, labels in datasets.batches(
-                run.dataset,
-                run.dataset.train,
-                rest,
-                cfg.batch_size,
-                device=run.device,
-                num_workers=cfg.num_workers,
-                seed=(run.cfg.seed, run.epoch),
-            ):
-                run.batch = images, labels
-                if len(labels) == batch_size:
-                    run.losses.append(whole_batches(images, labels))
-                else:
-                    run.losses.append(step(run.model, run.optimizer, images, labels))
+            for loss in trained(rest):
+                run.losses.append(loss)
                 run.step += 1
                 run.position += 1
                 if run.step % log_every == 0 or run.step == total:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from tools import assert_same_weights, read_events, scalars, small
+from tools import Interrupted, assert_same_weights, read_events, scalars, small, stop_after
 from torch import Tensor, nn
 
 from fmexp import backend, config, datasets, execute, models, train
@@ -197,24 +197,6 @@ def test_a_model_that_breaks_under_the_compiler_is_trained_without(tmp_path: Pat
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"
 )
-
-
-class Interrupted(Exception):
-    pass
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = train.train
-
-    def stopping(run: Any, *, on_step: Callable[[], None], **moments: Callable[[], None]) -> None:
-        def and_stop() -> None:
-            on_step()
-            if run.step == step:
-                raise Interrupted
-
-        original(run, on_step=and_stop, **moments)
-
-    monkeypatch.setattr(train, "train", stopping)
 
 
 @needs_compiler

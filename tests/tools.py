@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10
 
-from fmexp import compose
+from fmexp import compose, train
 
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu")
 
@@ -102,3 +103,22 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
     for name, tensor in state.items():
         assert tensor.dtype == expected[name].dtype, name
         assert tensor.numpy().tobytes() == expected[name].numpy().tobytes(), name
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let every run raise Interrupted once it has done a step."""
+    original = train.train
+
+    def stopping(run: Any, *, on_step: Callable[[], None], **moments: Callable[[], None]) -> None:
+        def and_stop() -> None:
+            on_step()
+            if run.step == step:
+                raise Interrupted
+
+        original(run, on_step=and_stop, **moments)
+
+    monkeypatch.setattr(train, "train", stopping)
