@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from fmexp.errors import ConfigError
 
+MemoryFormat = torch.memory_format
+
 # Below this many multiplications a convolution, calling oneDNN costs more than it saves (docs/performance.md).
 SMALL_CONVOLUTION = 1_000_000
+# From so many images on, oneDNN gains more by having the channels last than it loses.
+MANY_IMAGES = 16
 # Below this many multiplications a batch, a second thread costs more than it saves.
 SMALL_BATCH = 10_000_000
 # From so many small batches on, compiling the step costs less than it saves.
@@ -29,6 +33,12 @@ class Backend:
     torch: str
     processor: str
     compiled: bool = False
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> MemoryFormat:
+        """The order in memory that the model's images are to have."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -53,7 +63,8 @@ class Backend:
         if self.device != "cpu":
             return self.device + compiled
         kernels = "oneDNN" if self.onednn else "native"
-        return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {kernels} kernels{compiled}"
+        order = ", channels last" * self.channels_last
+        return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {kernels} kernels{order}{compiled}"
 
     def changed(self, recorded: dict[str, object]) -> list[str]:
         """What is not as a checkpoint recorded it, as "name: recorded, now this"."""
@@ -93,18 +104,30 @@ def choose(
     one_thread = scale * (sum(convolutions) + linear) < SMALL_BATCH
     if compiled == "auto":
         compiled = images.device.type == "cpu" and one_thread and steps >= MANY_BATCHES
+    onednn = torch._C._get_mkldnn_enabled() and not small
+    candidate = onednn and convolutions and batch_size >= MANY_IMAGES and images.device.type == "cpu" and not compiled
     return Backend(
         device=torch.cuda.get_device_name(images.device) if images.is_cuda else images.device.type,
         threads=1 if one_thread else torch.get_num_threads(),
-        onednn=torch._C._get_mkldnn_enabled() and not small,
+        onednn=onednn,
         torch=str(torch.__version__),
         processor=torch.backends.cpu.get_cpu_capability(),
         compiled=bool(compiled),
+        channels_last=bool(candidate) and _takes_channels_last(model, images),
     )
 
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
+
+
+@torch.no_grad()
+def _takes_channels_last(model: nn.Module, images: Tensor) -> bool:
+    try:
+        model(images.to(memory_format=torch.channels_last))
+    except RuntimeError:  # view() cannot flatten what a convolution then returns
+        return False
+    return True
 
 
 @torch.no_grad()

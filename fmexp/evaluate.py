@@ -54,13 +54,20 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, *, device: torch.device, num_workers: int = 0) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    num_workers: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Evaluation:
     """Run the model (in the mode it is in) over the test split; the loss is the mean cross-entropy."""
     split = dataset.test
     indices = torch.arange(length(split))
     logits, labels = [], []
     for images, targets in batches(dataset, split, indices, BATCH, device=device, num_workers=num_workers):
-        logits.append(model(images).float())
+        logits.append(model(images.to(memory_format=memory_format)).float())
         labels.append(targets)
     all_logits, all_labels = torch.cat(logits).cpu(), torch.cat(labels).cpu()
     loss = float(F.cross_entropy(all_logits.double(), all_labels))

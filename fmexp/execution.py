@@ -208,7 +208,7 @@ class _Execution:
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
         run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]
-        kept = {name: state["backend"][name] for name in ("threads", "onednn", "compiled")}
+        kept = {name: state["backend"][name] for name in ("threads", "onednn", "compiled", "channels_last")}
         run.backend = replace(run.backend, **kept)
         if changed := run.backend.changed(state["backend"]):
             log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))

@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +51,11 @@ def _any_step(run: Run) -> Step:
 
     Trying it changes nothing of the run but run.backend.compiled.
     """
-    size = run.cfg.train.batch_size
-    plain = partial(train.step, run.model, run.optimizer)
+    size, memory_format = run.cfg.train.batch_size, run.backend.memory_format
+
+    def plain(images: Tensor, labels: Tensor) -> Tensor:
+        return train.step(run.model, run.optimizer, images.to(memory_format=memory_format), labels)
+
     if run.backend.compiled and datasets.length(run.dataset.train) >= size:
         try:
             with looking(run.model, 0):

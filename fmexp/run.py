@@ -72,7 +72,11 @@ class Run:
                 how = backend.choose(self.model, self.batch[0][:1], BATCH)
                 with how.applied():
                     done = evaluate(
-                        self.model, self.dataset, device=self.device, num_workers=self.cfg.train.num_workers
+                        self.model,
+                        self.dataset,
+                        device=self.device,
+                        num_workers=self.cfg.train.num_workers,
+                        memory_format=how.memory_format,
                     )
             self._evaluation = self.step, done
         return self._evaluation[1]

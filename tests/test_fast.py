@@ -109,6 +109,57 @@ def test_the_kernels_and_threads_follow_from_the_work_a_batch() -> None:
     assert (chosen[512].threads, chosen[512].onednn) == (threads, torch.backends.mkldnn.is_available())
 
 
+def test_onednn_has_the_channels_last_from_16_images_on() -> None:
+    def chosen(model: nn.Module, size: int, **settings: Any) -> bool:
+        return backend.choose(model, batches(1)[0][0], size, **settings).channels_last
+
+    assert not chosen(lenet(), 15)
+    assert chosen(lenet(), 16) == torch.backends.mkldnn.is_available()
+    assert not chosen(lenet(), 16, compiled=True)
+    assert not chosen(models.MLP(input_shape=(1, 28, 28), num_classes=10), 512), "it has no channels"
+    assert not chosen(Viewing(input_shape=(1, 28, 28), num_classes=10), 512)
+
+
+class Viewing(models.LeNet):
+    """Flattens as the tutorial's network does, which takes the channels first alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = x.view(-1, self.fc1.in_features)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))  # type: ignore[no-any-return]
+
+
+ORDERED = ("train.batch_size=16", "dataset.train_size=330", "train.epochs=2", "train.log_every=1")  # the last: of 10
+
+
+def test_channels_last_gives_nearly_the_same_curve_and_a_view_trains_without(tmp_path: Path) -> None:
+    for name in ("fmexp.models.LeNet", "test_fast.Viewing"):
+        execute(small(*LIGHT, *ORDERED, f"model._target_={name}"), tmp_path / name)
+    results = [json.loads((folder / "result.json").read_text()) for folder in sorted(tmp_path.iterdir())]
+    assert [result["backend"]["channels_last"] for result in results] == [True, False]
+    curves = [scalars(read_events(folder), "train/loss") for folder in sorted(tmp_path.iterdir())]
+    assert len(curves[0]) == 42
+    assert np.array(curves[0]) == pytest.approx(np.array(curves[1]), abs=1e-3)
+    assert [value for _, value in curves[0]] != [value for _, value in curves[1]], "other kernels have other bits"
+
+
+def test_a_run_with_channels_last_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = (*ORDERED, "train.checkpoint_every=1")
+    execute(small(*settings), tmp_path / "whole")
+    execute(small(*settings, *LIGHT), tmp_path / "light")
+    assert_same_weights(tmp_path / "whole", tmp_path / "light")  # stages disturb nothing
+    with monkeypatch.context() as patch:
+        stop_after(patch, 30)
+        with pytest.raises(Interrupted):
+            execute(small(*settings), tmp_path / "resumed")
+    (tmp_path / "resumed" / "result.json").unlink()
+    with monkeypatch.context() as patch:  # what the checkpoint says counts, not today's rule
+        patch.setattr(backend, "MANY_IMAGES", 1000)
+        execute(small(*settings), tmp_path / "resumed")
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
 def test_normalising_a_batch_gives_the_bits_of_normalising_everything() -> None:
     data = datasets.synthetic(64, 10, 28, 0)
     assert isinstance(data.train, datasets.Split)
