@@ -114,7 +114,11 @@ class Captured:
 
     def _capture(self, chosen: Tensor) -> Taken:
         """Take a step plainly, and capture one, and see whether it does the same. The plain one counts."""
-        before, outside = self._state(), self._outside()
+        try:
+            before, outside = self._state(), self._outside()
+        except Exception as error:  # for a state of an unknown kind
+            self._give_up(error)
+            return self._plain(chosen)
         with self.recorder.aside():
             done = self._plain(chosen)
         after = self._state()
@@ -133,10 +137,13 @@ class Captured:
             log.info("step %d: the training step is a CUDA graph from here on", self.run.step + 1)
         except Exception as error:  # whatever a capture raises
             self._put(after)
-            self.possible = False
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning("the training step cannot be a CUDA graph and is taken kernel by kernel: %s", reason)
+            self._give_up(error)
         return done
+
+    def _give_up(self, error: Exception) -> None:
+        self.possible = False
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning("the training step cannot be a CUDA graph and is taken kernel by kernel: %s", reason)
 
     def _tensors(self) -> list[Tensor]:
         """What a step changes: parameters, buffers, and what the optimizer keeps on the device."""

@@ -27,6 +27,7 @@ from fmexp.stop import held_back, patient
 GARMENTS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle Boot",
 )  # fmt: skip
+BLOCK = 512  # images that are normalised at once
 HINT = "dataset=synthetic needs no files and no network; dataset.root=<folder> or FMEXP_DATA names another folder"
 
 
@@ -140,8 +141,13 @@ def batches(
             index, so that it does not depend on the workers or on where in the epoch one begins.
     """
     if isinstance(split, Split):
-        for chosen in indices.to(split.labels.device).split(batch_size):
-            yield dataset.take(split, chosen)
+        # Many small batches at a time, for calling a kernel takes longer than a small one does. Not where a batch would
+        # begin within 64 bytes: a resumed run begins elsewhere, and kernels may round by how memory is aligned.
+        aligned = 4 * batch_size * split.images[0].numel() % 64 == 0
+        together = batch_size * max(1, BLOCK // batch_size if aligned else 1)
+        for block in indices.to(split.labels.device).split(together):
+            images, labels = dataset.take(split, block)
+            yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
         return
     loader = DataLoader(
         _Seeded(split, *seed),

@@ -280,6 +280,23 @@ def test_what_cannot_be_captured_is_trained_plainly_and_that_is_said(
     )
 
 
+class Endless(models.LeNet):
+    """Keeps a list that holds itself, of which no copy can be made here."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.endless: list[Any] = []
+        self.endless.append(self.endless)
+
+
+def test_a_model_that_cannot_be_looked_through_is_trained_plainly(
+    both: Callable[..., CpuGraph], tmp_path: Path
+) -> None:
+    assert both(*LIGHT, "model._target_=test_capture.Endless").recorded == 0
+    (line,) = lines(tmp_path / "graph", "WARNING")
+    assert "maximum recursion depth" in line
+
+
 @pytest.mark.parametrize("missing", ["first", "last"])
 def test_a_graph_that_does_not_do_what_the_step_does_is_not_used(
     both: Callable[..., CpuGraph], tmp_path: Path, missing: str

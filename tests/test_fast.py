@@ -169,6 +169,26 @@ def test_normalising_a_batch_gives_the_bits_of_normalising_everything() -> None:
         assert torch.equal(data.take(data.train, chosen)[0], everything[chosen])
 
 
+@pytest.mark.parametrize("size", [28, 17])  # 17 x 17 pixels end in the midst of 64 bytes
+@pytest.mark.parametrize("batch_size", [3, 4, 600])
+def test_batches_are_the_same_and_as_aligned_wherever_one_begins(size: int, batch_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (1300, 1, size, size), generator=generator, dtype=torch.uint8)
+    data = datasets.Dataset(
+        datasets.Split(images, torch.arange(1300)), datasets.Split(images, torch.arange(1300)), "ab"
+    )
+    order = datasets.order(0, 0, 1300)
+    for begin in (0, 5 * batch_size):
+        expected = list(order[begin:].split(batch_size))
+        made = list(datasets.batches(data, data.train, order[begin:], batch_size, device=torch.device("cpu")))
+        assert len(made) == len(expected)
+        for (pixels, labels), chosen in zip(made, expected, strict=True):
+            assert torch.equal(labels, chosen)
+            assert torch.equal(pixels, data.normalise(images[chosen]))
+            assert pixels.data_ptr() % 64 == 0
+            assert pixels.is_contiguous()
+
+
 def test_a_reused_figure_draws_the_pixels_of_a_fresh_one(run_small: Callable[..., Any]) -> None:
     predictions._blank.cache_clear()
     only = [f"stage.{name}.enabled=false" for name in small().stage if name != "predictions"]
