@@ -4,6 +4,7 @@ They follow from the configuration and the machine by rule, never by a stopwatch
 gives the same bits. A resumed run keeps what its checkpoint recorded.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -121,11 +122,13 @@ def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
-@torch.no_grad()
 def _takes_channels_last(model: nn.Module, images: Tensor) -> bool:
     try:
-        model(images.to(memory_format=torch.channels_last))
-    except RuntimeError:  # view() cannot flatten what a convolution then returns
+        tried = copy.deepcopy(model).train()
+        tried(images.to(memory_format=torch.channels_last)).sum().backward()
+        with torch.no_grad():
+            tried.eval()(images.to(memory_format=torch.channels_last))
+    except Exception:  # view() cannot flatten what a convolution then returns
         return False
     return True
 

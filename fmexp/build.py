@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fmexp import backend, datasets, randomness
+from fmexp import backend, datasets, evaluate, randomness
 from fmexp import train as training
 from fmexp.errors import ConfigError, FmexpError
 from fmexp.run import Run, Stage, looking
@@ -51,12 +51,13 @@ def build(cfg: DictConfig) -> Run:
         _check_model(cfg.model, model, images[:2], classes, given)
         steps = training.total_steps(cfg, dataset)
         how = backend.choose(model, images[:2], cfg.train.batch_size, compiled=cfg.train.compile, steps=steps)
+        evaluation = backend.choose(model, images[:2], evaluate.BATCH)
     try:
         optimizer = training.build_optimizer(cfg.optimizer, model)
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how)
+    return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how, evaluation)
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:

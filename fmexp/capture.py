@@ -1,11 +1,14 @@
 """The whole training step as one CUDA graph: index, normalise, forward, backward and update are one call.
 
-A replay repeats what the kernels did, and nothing that Python did. So a step is captured only if it changes nothing
-but the device's memory, and its graph is used only if the first replay gives the very bits of the plain step: a resumed
-run takes its first steps plainly, and must end with the same weights.
+A replay repeats what the kernels did, and nothing that Python did. So a step is captured only if it leaves all of the
+model and the optimizer as it is but for what their tensors hold, and its graph is used only if the first replay gives
+the very bits of the plain step: a resumed run takes its first steps plainly, and must end with the same weights.
 """
 
 import logging
+import pickle
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -72,21 +75,25 @@ def recorder(run: Run) -> Recorder | None:
 class Captured:
     """Training on the batch at some indices: plainly at first, then by a graph, and plainly again where that fails.
 
-    What a stage changes of the optimizer's settings, of what is trained or of hooks is seen: the step is captured anew.
+    What a stage changes of the optimizer's settings, of the model's or of what is trained is seen: the step is captured
+    anew.
     """
 
     def __init__(self, run: Run, step: Callable[[Tensor, Tensor], Tensor], recorder: Recorder) -> None:
         self.run, self.step, self.recorder = run, step, recorder
-        self.possible, self.executed = True, 0
+        self.possible = True
         self.graph: Graph | None = None
-        self.wait, self.next_wait = WARM_UP, 2 * WARM_UP
-        self.modules = list(run.model.modules())
+        self.wait = self.patience = WARM_UP  # plain steps until the next capture
+        self.replays, self.looked = 0, (0, 0)
+        self.fixed: Any = None
+        self.kept: list[Tensor] = []  # what the graph uses must not be freed
 
     def __call__(self, chosen: Tensor) -> Taken:
         """Train on the training images at `chosen`, int64 [B] on the device."""
         if not self.possible or len(chosen) != self.run.cfg.train.batch_size:
             return self._plain(chosen)
         if self.graph and self._holds():
+            self.replays += 1
             return self._replay(self.graph, chosen)
         if self.wait:
             self.wait -= 1
@@ -95,11 +102,12 @@ class Captured:
         return self._capture(chosen)
 
     def _holds(self) -> bool:
-        """Whether all is as it was captured. Only a stage can have changed it; else the graph is dropped."""
-        if self.executed != self.run.executed:
-            self.executed = self.run.executed
-            if self._fixed() != self.fixed:
-                self.graph, self.wait, self.next_wait = None, self.next_wait, 2 * self.next_wait
+        """Whether all is as it was captured. A stage can have changed it, or another batch size at an epoch's end."""
+        if self.looked != (self.run.executed, self.run.epoch):
+            self.looked = self.run.executed, self.run.epoch
+            if _Look(self.run).fixed != self.fixed:
+                self.patience = WARM_UP if self.replays > self.patience else 2 * self.patience
+                self.graph, self.wait = None, self.patience
         return self.graph is not None
 
     def _plain(self, chosen: Tensor) -> Taken:
@@ -115,28 +123,32 @@ class Captured:
     def _capture(self, chosen: Tensor) -> Taken:
         """Take a step plainly, and capture one, and see whether it does the same. The plain one counts."""
         try:
-            before, outside = self._state(), self._outside()
+            look = _Look(self.run)
+            before = look.values()
         except Exception as error:  # for a state of an unknown kind
             self._give_up(error)
             return self._plain(chosen)
         with self.recorder.aside():
             done = self._plain(chosen)
-        after = self._state()
+        after = look.values()
         try:
-            if self._outside() != outside:
+            if _Look(self.run).fixed != look.fixed or look.outside(before) != look.outside(after):
                 raise RuntimeError("it changes what Python keeps, or draws random numbers there")
-            self.fixed, self.chosen = self._fixed(), torch.zeros_like(chosen)
-            if self._hooked():
+            if look.hooked:
                 raise RuntimeError("the model has hooks")
+            self.chosen = torch.zeros_like(chosen)
             graph = self.recorder.record(lambda: self._plain(self.chosen))
-            self._put(before)
+            if _Look(self.run).fixed != look.fixed:
+                raise RuntimeError("it changes what Python keeps")
+            look.put(before)
             replayed = self._replay(graph, chosen)
-            if _bits([replayed, self._state()]) != _bits([done, after]):
+            if _bits([replayed, look.values()]) != _bits([done, after]):
                 raise RuntimeError("a replay does not give the bits of the plain step")
-            self.graph, self.executed = graph, self.run.executed
+            self.graph, self.fixed, self.kept, self.replays = graph, look.fixed, look.tensors, 0
+            self.looked = self.run.executed, self.run.epoch
             log.info("step %d: the training step is a CUDA graph from here on", self.run.step + 1)
         except Exception as error:  # whatever a capture raises
-            self._put(after)
+            look.put(after)
             self._give_up(error)
         return done
 
@@ -145,59 +157,71 @@ class Captured:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("the training step cannot be a CUDA graph and is taken kernel by kernel: %s", reason)
 
-    def _tensors(self) -> list[Tensor]:
-        """What a step changes: parameters, buffers, and what the optimizer keeps on the device."""
-        model, state = self.run.model, self.run.optimizer.state.values()
-        kept = [value for values in state for value in values.values() if self._on_device(value)]
-        return [*model.parameters(), *model.buffers(), *kept]
 
-    def _on_device(self, value: object) -> bool:
-        return isinstance(value, Tensor) and value.device.type == self.run.device.type
+class _Look:
+    """What a step is made of, at one moment.
 
-    def _state(self) -> dict[str, Any]:
-        """A copy of it on the host, where there is more room, and of the random state."""
-        tensors = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
+    Attributes:
+        tensors: all that is on the device: parameters, buffers, other attributes of modules, the optimizer's state. A
+            step, and so a graph, may change what they hold.
+        fixed: everything else of the model and of the optimizer, and where these tensors are: what a graph takes as it
+            stood when it was captured.
+        hooked: whether the model has hooks, which are Python.
+
+    Raises:
+        Exception: something of a kind that cannot be compared.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.device = run.device.type
+        model, found = run.model, dict[int, Tensor]()
+        own = [{k: v for k, v in vars(module).items() if k not in INTERNAL} for module in model.modules()]
+        parts = [own, list(model.parameters()), list(model.buffers()), vars(run.optimizer)]
+        owners = (*model.modules(), *model.parameters())
+        self.hooked = any(getattr(owner, kind, None) for owner in owners for kind in HOOKS)
+        self.fixed = self.hooked, self._compared(parts, found)
+        self.tensors = list(found.values())
+
+    def values(self) -> dict[str, Any]:
+        """A copy of the tensors on the host, where there is more room, and of the random state."""
+        tensors = [tensor.detach().to("cpu", copy=True) for tensor in self.tensors]
         return {"tensors": tensors, "random": randomness.capture()}
 
     @torch.no_grad()
-    def _put(self, state: dict[str, Any]) -> None:
-        for tensor, value in zip(self._tensors(), state["tensors"], strict=True):
+    def put(self, values: dict[str, Any]) -> None:
+        """Give back what `values` took."""
+        for tensor, value in zip(self.tensors, values["tensors"], strict=True):
             tensor.copy_(value)
-        randomness.restore(state["random"])
+        randomness.restore(values["random"])
 
-    def _settings(self) -> list[Any]:
-        groups = self.run.optimizer.param_groups
-        return [value for group in groups for key, value in group.items() if key != "params"]
+    def outside(self, values: dict[str, Any]) -> Any:
+        """The random state but for the device's own, which is captured."""
+        device = "cuda" if self.device == "cuda" else "torch"
+        return _bits({name: state for name, state in values["random"].items() if name != device})
 
-    def _fixed(self) -> dict[str, Any]:
-        """What a graph takes as it stood when it was captured."""
-        return {
-            "settings": self._settings(),
-            "tensors": [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors()],
-            "modes": [module.training for module in self.modules],
-            "hooks": self._hooked(),
-        }
-
-    def _hooked(self) -> bool:
-        return any(
-            getattr(owner, kind, None) for owner in (*self.modules, *self.run.model.parameters()) for kind in HOOKS
-        )
-
-    def _outside(self) -> Any:
-        """What a graph cannot change: Python's own part of the model, of the optimizer and of the random state."""
-        random = randomness.capture()
-        del random["cuda" if self.run.device.type == "cuda" else "torch"]  # the device's own, which is captured
-        owned = [*map(vars, self.modules), *self.run.optimizer.state.values()]
-        values = [
-            {name: value for name, value in own.items() if name not in MODULE and not self._on_device(value)}
-            for own in owned
-        ]
-        return _bits([random, self._settings(), values])
+    def _compared(self, value: Any, found: dict[int, Tensor]) -> Any:
+        """A nested value, to be compared with ==; the device's tensors in it are added to those found."""
+        if isinstance(value, Tensor) and value.device.type == self.device:
+            found[id(value)] = value
+            return value.data_ptr(), value.shape, value.stride(), value.requires_grad
+        if isinstance(value, dict):
+            return [(id(k) if isinstance(k, Tensor) else k, self._compared(v, found)) for k, v in value.items()]
+        if isinstance(value, list | tuple):
+            return [self._compared(part, found) for part in value]
+        if isinstance(value, Tensor):
+            return _bits(value)
+        if isinstance(value, AS_THEY_ARE):
+            return value
+        return pickle.dumps(value)
 
 
-MODULE = vars(nn.Module()).keys()
+INTERNAL = vars(nn.Module()).keys() - {"training"}
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks",
+)  # fmt: skip
+AS_THEY_ARE = (
+    bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, weakref.ref,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from fmexp.stop import held_back, patient
 GARMENTS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle Boot",
 )  # fmt: skip
-BLOCK = 512  # images that are normalised at once
+BLOCK = 2**21  # bytes of images that are normalised at once, to stay in a cache
 HINT = "dataset=synthetic needs no files and no network; dataset.root=<folder> or FMEXP_DATA names another folder"
 
 
@@ -143,11 +143,12 @@ def batches(
     if isinstance(split, Split):
         # Many small batches at a time, for calling a kernel takes longer than a small one does. Not where a batch would
         # begin within 64 bytes: a resumed run begins elsewhere, and kernels may round by how memory is aligned.
-        aligned = 4 * batch_size * split.images[0].numel() % 64 == 0
-        together = batch_size * max(1, BLOCK // batch_size if aligned else 1)
-        for block in indices.to(split.labels.device).split(together):
+        size = 4 * batch_size * split.images[0].numel()
+        together = max(1, BLOCK // size) if device.type == "cpu" and size % 64 == 0 else 1
+        for block in indices.to(split.labels.device).split(together * batch_size):
             images, labels = dataset.take(split, block)
-            yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+            for pair in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+                yield pair[0].detach(), pair[1].detach()  # else autograd knows them as views of one, not to be changed
         return
     loader = DataLoader(
         _Seeded(split, *seed),

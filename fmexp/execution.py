@@ -202,13 +202,13 @@ class _Execution:
     def _restore(self, state: dict[str, Any]) -> None:
         run = self.run
         run.model.load_state_dict(state["model"])
-        for saved, group in zip(state["optimizer"]["param_groups"], run.optimizer.param_groups, strict=True):
+        for saved, group in zip(state["optimizer"].get("param_groups", ()), run.optimizer.param_groups, strict=False):
             saved.update({name: group[name] for name in ("fused", "capturable") if name in group})  # of this device
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
         run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]
-        kept = {name: state["backend"][name] for name in ("threads", "onednn", "compiled", "channels_last")}
+        kept = {k: state["backend"].get(k, False) for k in ("threads", "onednn", "compiled", "channels_last")}
         run.backend = replace(run.backend, **kept)
         if changed := run.backend.changed(state["backend"]):
             log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))

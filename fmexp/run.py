@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-from fmexp import backend, datasets, randomness
-from fmexp.evaluate import BATCH, Evaluation, evaluate
+from fmexp import datasets, randomness
+from fmexp.backend import Backend
+from fmexp.evaluate import Evaluation, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class Run:
     optimizer: Optimizer
     stages: list[Stage]
     batch: tuple[Tensor, Tensor]
-    backend: backend.Backend
+    backend: Backend
+    evaluation_backend: Backend
     step: int = 0
     epoch: int = 0
     position: int = 0
@@ -68,16 +70,15 @@ class Run:
     def evaluation(self) -> Evaluation:
         """What the model, as it is now, says of the test split: one pass, kept until the next batch."""
         if self._evaluation is None or self._evaluation[0] != self.step:
-            with looking(self.model, randomness.key(self.cfg.seed, "evaluation")):
-                how = backend.choose(self.model, self.batch[0][:1], BATCH)
-                with how.applied():
-                    done = evaluate(
-                        self.model,
-                        self.dataset,
-                        device=self.device,
-                        num_workers=self.cfg.train.num_workers,
-                        memory_format=how.memory_format,
-                    )
+            how = self.evaluation_backend
+            with looking(self.model, randomness.key(self.cfg.seed, "evaluation")), how.applied():
+                done = evaluate(
+                    self.model,
+                    self.dataset,
+                    device=self.device,
+                    num_workers=self.cfg.train.num_workers,
+                    memory_format=how.memory_format,
+                )
             self._evaluation = self.step, done
         return self._evaluation[1]
 

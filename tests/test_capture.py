@@ -153,7 +153,7 @@ def replace(run: Run) -> None:
         parameter.data = parameter.data.clone()
 
 
-@pytest.mark.parametrize("change", ["halve", "freeze", "forget", "replace"])
+@pytest.mark.parametrize("change", ["halve", "freeze", "forget", "replace", "loosen"])
 def test_what_a_stage_changes_is_captured_anew(both: Callable[..., CpuGraph], tmp_path: Path, change: str) -> None:
     stage = f"+stage.change={{_target_:test_capture.{change},on:log}}"
     recorder = both(*LIGHT, *MLP, stage, "train.log_every=16", "train.epochs=2")
@@ -161,11 +161,61 @@ def test_what_a_stage_changes_is_captured_anew(both: Callable[..., CpuGraph], tm
     assert len(lines(tmp_path / "graph", "INFO")) == 2
 
 
+class Cached(Normed):
+    """Keeps a tensor that is not a buffer, and makes it anew for another size of batch."""
+
+    cache = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cache is None or len(self.cache) != len(x):
+            self.cache = torch.linspace(0.5, 1, len(x), device=x.device)[:, None, None, None]
+        return super().forward(x * self.cache)
+
+
+def test_a_tensor_that_another_batch_size_replaces_is_captured_anew(both: Callable[..., CpuGraph]) -> None:
+    recorder = both(*LIGHT, "model._target_=test_capture.Cached", "dataset.train_size=66", "train.epochs=3")
+    assert recorder.recorded == 3  # the evaluation after each epoch has another one
+
+
+class Averages(Normed):
+    """Keeps a mean that is not a buffer, in place; it is looked at in the evaluation."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.mean = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean.to(x.device)
+        if self.training:
+            self.mean.mul_(0.5).add_(x.detach().mean())
+            return super().forward(x)
+        return super().forward(x + self.mean)
+
+
+def test_a_tensor_that_is_neither_parameter_nor_buffer_goes_on_too(
+    both: Callable[..., CpuGraph], tmp_path: Path
+) -> None:
+    assert both("model._target_=test_capture.Averages", "train.epochs=2").replays == 32 - capture.WARM_UP
+    losses = [scalars(read_events(tmp_path / name), "test/loss") for name in ("plain", "graph")]
+    assert losses[0] == losses[1]
+
+
+def test_a_setting_that_changes_once_an_epoch_is_captured_each_time(both: Callable[..., CpuGraph]) -> None:
+    stage = "+stage.change={_target_:test_capture.halve,on:epoch}"
+    assert both(*LIGHT, stage, "train.epochs=6").recorded == 6
+
+
 def test_a_setting_that_changes_all_the_time_is_captured_ever_more_rarely(both: Callable[..., CpuGraph]) -> None:
     stage = "+stage.change={_target_:test_capture.halve,on:log}"
     recorder = both(*LIGHT, stage, "train.log_every=1", "train.epochs=4")
     # 64 steps: a capture after 3 plain ones, and after 6, 12 and 24 more, each used for none
     assert recorder.recorded == 4
+
+
+def loosen(run: Run) -> None:
+    for module in run.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.6
 
 
 def spy(run: Run) -> None:
@@ -229,6 +279,30 @@ class Lists(Counts):
         return models.LeNet.forward(self, x * (1 + self.seen[0] / 10))
 
 
+class Rebinds(Counts):
+    """The same with a tensor that is another one after each step."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.mean = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return models.LeNet.forward(self, x + self.mean)
+
+
+class OwnDraws(Counts):
+    """Decides by random numbers of its own."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.random = random.Random(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return models.LeNet.forward(self, -x if self.training and self.random.random() < 0.5 else x)
+
+
 class Draws(models.LeNet):
     """Decides by a random number of Python."""
 
@@ -258,12 +332,28 @@ class PythonAdam(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad, alpha=group["lr"] / state["step"])
 
 
+class Counting(torch.optim.SGD):
+    """Decides by a number of its own, as Lookahead does."""
+
+    def __init__(self, params: Iterator[nn.Parameter], lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.steps = 0
+
+    def step(self) -> None:  # type: ignore[override]
+        self.steps += 1
+        if self.steps % 3:
+            train.inspect.unwrap(torch.optim.SGD.step)(self)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         (("model._target_=test_capture.Reads",), "operation not permitted when stream is capturing"),
         (("model._target_=test_capture.Counts",), "it changes what Python keeps"),
         (("model._target_=test_capture.Lists",), "it changes what Python keeps"),
+        (("model._target_=test_capture.Rebinds",), "it changes what Python keeps"),
+        (("model._target_=test_capture.OwnDraws",), "it changes what Python keeps"),
+        (("optimizer=custom", "optimizer._target_=test_capture.Counting"), "it changes what Python keeps"),
         (("model._target_=test_capture.Draws",), "it changes what Python keeps, or draws random numbers there"),
         (("model._target_=test_capture.Hooked",), "the model has hooks"),
         (("optimizer=custom", "optimizer._target_=test_capture.PythonAdam"), "it changes what Python keeps"),
@@ -435,7 +525,17 @@ def test_on_cuda_a_captured_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: 
             execute(small(*settings), tmp_path / "resumed")
     (tmp_path / "resumed" / "result.json").unlink()
     execute(small(*settings), tmp_path / "resumed")
+    assert [len(lines(tmp_path / name, "INFO")) for name in ("whole", "resumed")] == [1, 2]
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+@needs_cuda
+@pytest.mark.parametrize("model", ["Reads", "Counts", "Cached", "Averages"])
+def test_on_cuda_what_is_captured_anew_or_refused_is_the_plain_run_too(tmp_path: Path, model: str) -> None:
+    settings = (*LIGHT, "device=cuda", f"model._target_=test_capture.{model}", "train.epochs=2")
+    for name, value in (("plain", "false"), ("graph", "auto")):
+        execute(small(*settings, "dataset.train_size=66", f"train.compile={value}"), tmp_path / name)
+    assert_same_weights(tmp_path / "plain", tmp_path / "graph")
 
 
 @needs_cuda

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from tools import Interrupted, assert_same_weights, read_events, scalars, small, stop_after
+from tools import Interrupted, assert_same_weights, read_events, scalars, small, stop_after, weights
 from torch import Tensor, nn
 
 from fmexp import backend, config, datasets, execute, models, train
@@ -117,7 +117,8 @@ def test_onednn_has_the_channels_last_from_16_images_on() -> None:
     assert chosen(lenet(), 16) == torch.backends.mkldnn.is_available()
     assert not chosen(lenet(), 16, compiled=True)
     assert not chosen(models.MLP(input_shape=(1, 28, 28), num_classes=10), 512), "it has no channels"
-    assert not chosen(Viewing(input_shape=(1, 28, 28), num_classes=10), 512)
+    for name in (Viewing, ViewsInTraining, Asserts):
+        assert not chosen(name(input_shape=(1, 28, 28), num_classes=10), 512)
 
 
 class Viewing(models.LeNet):
@@ -128,6 +129,21 @@ class Viewing(models.LeNet):
         x = self.pool(F.relu(self.conv2(x)))
         x = x.view(-1, self.fc1.in_features)
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))  # type: ignore[no-any-return]
+
+
+class ViewsInTraining(models.LeNet):
+    """The same, but when it is trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.conv1(x).view(len(x), -1).mean() if self.training else 0)
+
+
+class Asserts(models.LeNet):
+    """Insists on the plain order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv1(x).is_contiguous()
+        return super().forward(x)
 
 
 ORDERED = ("train.batch_size=16", "dataset.train_size=330", "train.epochs=2", "train.log_every=1")  # the last: of 10
@@ -153,7 +169,9 @@ def test_a_run_with_channels_last_resumes_to_the_bit(tmp_path: Path, monkeypatch
         stop_after(patch, 30)
         with pytest.raises(Interrupted):
             execute(small(*settings), tmp_path / "resumed")
-    (tmp_path / "resumed" / "result.json").unlink()
+    result = tmp_path / "resumed" / "result.json"
+    assert json.loads(result.read_text())["backend"]["channels_last"]
+    result.unlink()
     with monkeypatch.context() as patch:  # what the checkpoint says counts, not today's rule
         patch.setattr(backend, "MANY_IMAGES", 1000)
         execute(small(*settings), tmp_path / "resumed")
@@ -187,6 +205,25 @@ def test_batches_are_the_same_and_as_aligned_wherever_one_begins(size: int, batc
             assert torch.equal(pixels, data.normalise(images[chosen]))
             assert pixels.data_ptr() % 64 == 0
             assert pixels.is_contiguous()
+        shared = len(made) - len({pixels.untyped_storage().data_ptr() for pixels, _ in made})
+        assert (shared > 0) == (size == 28 and batch_size < 600), "made together"
+
+
+class Shifts(models.LeNet):
+    """Changes its input in place, by something that is trained."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.shift
+        return super().forward(x)
+
+
+def test_a_model_may_change_its_input_in_place(tmp_path: Path) -> None:
+    execute(small(*LIGHT, "model._target_=test_fast.Shifts"), tmp_path)
+    assert weights(tmp_path)["shift"] != 0
 
 
 def test_a_reused_figure_draws_the_pixels_of_a_fresh_one(run_small: Callable[..., Any]) -> None:
