@@ -75,8 +75,7 @@ def recorder(run: Run) -> Recorder | None:
 class Captured:
     """Training on the batch at some indices: plainly at first, then by a graph, and plainly again where that fails.
 
-    What a stage changes of the optimizer's settings, of the model's or of what is trained is seen: the step is captured
-    anew.
+    A stage may change the model or the optimizer: then the step is captured anew.
     """
 
     def __init__(self, run: Run, step: Callable[[Tensor, Tensor], Tensor], recorder: Recorder) -> None:
@@ -105,7 +104,11 @@ class Captured:
         """Whether all is as it was captured. A stage can have changed it, or another batch size at an epoch's end."""
         if self.looked != (self.run.executed, self.run.epoch):
             self.looked = self.run.executed, self.run.epoch
-            if _Look(self.run).fixed != self.fixed:
+            try:
+                same = _Look(self.run).fixed == self.fixed
+            except Exception:  # something of an unknown kind has come; the next capture says so
+                same = False
+            if not same:
                 self.patience = WARM_UP if self.replays > self.patience else 2 * self.patience
                 self.graph, self.wait = None, self.patience
         return self.graph is not None

@@ -42,6 +42,7 @@ class Run:
         losses: of the batches since the last running loss.
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
+        backend, evaluation_backend: how the training and the evaluation are computed.
         executed: how many stages were, by this process.
     """
 

@@ -387,6 +387,19 @@ def test_a_model_that_cannot_be_looked_through_is_trained_plainly(
     assert "maximum recursion depth" in line
 
 
+def obscure(run: Run) -> None:
+    run.model.endless = [lambda: None, (part for part in ())]
+
+
+def test_what_a_stage_adds_and_cannot_be_compared_is_trained_plainly_from_then_on(
+    both: Callable[..., CpuGraph], tmp_path: Path
+) -> None:
+    stage = "+stage.obscure={_target_:test_capture.obscure,on:log}"
+    assert both(*LIGHT, stage, "train.log_every=8", "train.epochs=2").recorded == 1
+    (line,) = lines(tmp_path / "graph", "WARNING")
+    assert "cannot pickle 'generator' object" in line
+
+
 @pytest.mark.parametrize("missing", ["first", "last"])
 def test_a_graph_that_does_not_do_what_the_step_does_is_not_used(
     both: Callable[..., CpuGraph], tmp_path: Path, missing: str
