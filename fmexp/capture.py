@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fmexp import randomness
 from fmexp.datasets import Split
+from fmexp.errors import first_line
 from fmexp.run import Run
 
 log = logging.getLogger(__name__)
@@ -157,8 +158,8 @@ class Captured:
 
     def _give_up(self, error: Exception) -> None:
         self.possible = False
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("the training step cannot be a CUDA graph and is taken kernel by kernel: %s", reason)
+        why = first_line(error)
+        log.warning("the training step cannot be a CUDA graph and is taken kernel by kernel: %s", why)
 
 
 class _Look:

@@ -3,6 +3,11 @@
 from hydra.errors import CompactHydraException
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else's says, for a warning of one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class FmexpError(CompactHydraException):
     """An error whose message alone is printed: it names the key or file, the value, and the way out.
 

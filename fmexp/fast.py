@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmexp import capture, datasets, train
+from fmexp.errors import first_line
 from fmexp.run import Run, looking
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ def training(run: Run) -> Callable[[Tensor], Iterator[Tensor]]:
     """
     step = _any_step(run)
     size, recorder = run.cfg.train.batch_size, capture.recorder(run)
-    captured = capture.Captured(run, step, recorder) if recorder else None
 
     def plain(indices: Tensor) -> Iterator[Tensor]:
         workers, seed = run.cfg.train.num_workers, (run.cfg.seed, run.epoch)
@@ -36,14 +36,17 @@ def training(run: Run) -> Callable[[Tensor], Iterator[Tensor]]:
             run.batch = images, labels
             yield step(images, labels)
 
+    if recorder is None:
+        return plain
+    captured = capture.Captured(run, step, recorder)
+
     def by_graph(indices: Tensor) -> Iterator[Tensor]:
-        assert captured
         for chosen in indices.to(run.device).split(size):
             images, labels, loss = captured(chosen)
             run.batch = images, labels
             yield loss
 
-    return by_graph if captured else plain
+    return by_graph
 
 
 def _any_step(run: Run) -> Step:
@@ -64,8 +67,7 @@ def _any_step(run: Run) -> Step:
                 whole = compiled(run.model, run.optimizer, images.to(run.device), labels.to(run.device))
             return lambda images, labels: (whole if len(labels) == size else plain)(images, labels)
         except Exception as error:  # whatever a compiler raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning("the model cannot be compiled and is trained without that: %s", reason)
+            log.warning("the model cannot be compiled and is trained without that: %s", first_line(error))
     run.backend = replace(run.backend, compiled=False)
     return plain
 

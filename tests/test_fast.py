@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from tools import Interrupted, assert_same_weights, read_events, scalars, small, stop_after, weights
+from tools import assert_same_weights, interrupt, read_events, scalars, small, weights
 from torch import Tensor, nn
 
 from fmexp import backend, config, datasets, execute, models, train
@@ -165,13 +165,7 @@ def test_a_run_with_channels_last_resumes_to_the_bit(tmp_path: Path, monkeypatch
     execute(small(*settings), tmp_path / "whole")
     execute(small(*settings, *LIGHT), tmp_path / "light")
     assert_same_weights(tmp_path / "whole", tmp_path / "light")  # stages disturb nothing
-    with monkeypatch.context() as patch:
-        stop_after(patch, 30)
-        with pytest.raises(Interrupted):
-            execute(small(*settings), tmp_path / "resumed")
-    result = tmp_path / "resumed" / "result.json"
-    assert json.loads(result.read_text())["backend"]["channels_last"]
-    result.unlink()
+    assert interrupt(small(*settings), tmp_path / "resumed", 30)["backend"]["channels_last"]
     with monkeypatch.context() as patch:  # what the checkpoint says counts, not today's rule
         patch.setattr(backend, "MANY_IMAGES", 1000)
         execute(small(*settings), tmp_path / "resumed")
@@ -309,9 +303,7 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_run_is_close_to_a_plain_one_and_resumes_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_run_is_close_to_a_plain_one_and_resumes_to_the_bit(tmp_path: Path) -> None:
     # 16 batches an epoch and one of 2 images, dropout, and a stop in the second epoch
     settings = ("model=mlp", "model.dropout=0.3", "optimizer=adam", "dataset.train_size=66", "train.epochs=2")
     compiled = (*settings, "train.compile=true", "train.checkpoint_every=1")
@@ -319,11 +311,7 @@ def test_a_compiled_run_is_close_to_a_plain_one_and_resumes_to_the_bit(
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["backend"]["compiled"]
     execute(small(*compiled, *LIGHT), tmp_path / "light")
     assert_same_weights(tmp_path / "whole", tmp_path / "light")  # stages disturb nothing
-    with monkeypatch.context() as patch:
-        stop_after(patch, 20)
-        with pytest.raises(Interrupted):
-            execute(small(*compiled), tmp_path / "resumed")
-    (tmp_path / "resumed" / "result.json").unlink()
+    interrupt(small(*compiled), tmp_path / "resumed", 20)
     torch._dynamo.reset()
     execute(small(*compiled), tmp_path / "resumed")
     assert "going on from the checkpoint at step 20" in (tmp_path / "resumed" / "fmexp.log").read_text()

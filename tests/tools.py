@@ -1,6 +1,7 @@
 """What the tests share: short runs on small drawn data, and reading back what they wrote."""
 
 import hashlib
+import json
 import pickle
 import struct
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10
 
-from fmexp import compose, train
+from fmexp import compose, execute, train
 
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu")
 
@@ -109,8 +110,8 @@ class Interrupted(Exception):
     pass
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let every run raise Interrupted once it has done a step."""
+def interrupt(cfg: DictConfig, folder: Path, step: int) -> dict[str, Any]:
+    """Execute a run in a folder until it has done a step; returns its result, which is removed."""
     original = train.train
 
     def stopping(run: Any, *, on_step: Callable[[], None], **moments: Callable[[], None]) -> None:
@@ -121,4 +122,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
         original(run, on_step=and_stop, **moments)
 
-    monkeypatch.setattr(train, "train", stopping)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train", stopping)
+        with pytest.raises(Interrupted):
+            execute(cfg, folder)
+    path = folder / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text())
+    path.unlink()
+    return result

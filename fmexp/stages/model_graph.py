@@ -8,6 +8,7 @@ import warnings
 
 import torch
 
+from fmexp.errors import first_line
 from fmexp.run import Run
 
 log = logging.getLogger(__name__)
@@ -23,4 +24,4 @@ def model_graph(run: Run) -> None:
             traced = torch.jit.trace(copy.deepcopy(run.model), run.batch[0], check_trace=False)
             run.writer.add_graph(traced, run.batch[0])
     except Exception as error:  # whatever a tracer raises on a model that it does not understand
-        log.warning("the model's graph is not written, for it cannot be traced: %s", str(error).strip().split("\n")[0])
+        log.warning("the model's graph is not written, for it cannot be traced: %s", first_line(error))
