@@ -12,15 +12,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 
-from fmexp import compose, events, execute, train
+from fmexp import compose, events, execute, execution
 from fmexp.build import build
-from fmexp.run import Run
+from fmexp.trainer import Trainer
 
 DEFAULT_THREADS = torch.get_num_threads()
 
@@ -63,41 +63,36 @@ def ours(overrides: list[str], batches: int) -> float:
     here. What happens at each running loss counts as often as it does in a long run, once in train.log_every batches.
     """
     cfg = compose([*overrides, f"train.max_steps={batches}"])
-    original, logs = train.train, []
+    logs: list[float] = []
     seconds = apart = 0.0  # apart is what does not count
 
-    def timed(run: Run, **moments: Callable[[], None]) -> None:
-        nonlocal seconds
+    class Timed(Trainer):
+        def fit(self) -> None:
+            nonlocal seconds
+            began = clock()
+            super().fit()
+            seconds = clock() - began - apart - sum(logs) + statistics.mean(logs) * batches / cfg.train.log_every
 
-        def took(moment: str) -> float:
-            start = clock()
-            moments[moment]()
-            return clock() - start
+        def log(self) -> None:
+            began = clock()
+            super().log()
+            logs.append(clock() - began)
 
-        def on_log() -> None:
-            logs.append(took("on_log"))
-
-        def on_epoch() -> None:
+        def end_epoch(self) -> None:
             nonlocal apart
-            apart += took("on_epoch")
+            began = clock()
+            super().end_epoch()
+            apart += clock() - began
 
-        def on_step() -> None:
+        def save_if_due(self) -> None:
             nonlocal apart
-            if run.step == batches:
-                apart += took("on_step")
-            else:
-                moments["on_step"]()
+            began = clock() if self.run.step == batches else 0.0
+            super().save_if_due()
+            if began:
+                apart += clock() - began
 
-        began = clock()
-        original(run, on_log=on_log, on_epoch=on_epoch, on_step=on_step)
-        seconds = clock() - began - apart - sum(logs) + statistics.mean(logs) * batches / cfg.train.log_every
-
-    train.train = timed
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            execute(cfg, folder)
-    finally:
-        train.train = original
+    with mock.patch.object(execution, "Trainer", Timed), tempfile.TemporaryDirectory() as folder:
+        execute(cfg, folder)
     return seconds
 
 
@@ -108,7 +103,7 @@ def evaluation() -> float:
         run.writer = events.open_writer(run.cfg.logging, Path(folder), step=None)
         began = time.perf_counter()
         with run.backend.applied():
-            run.happen("end")
+            run.run_stages("end")
         seconds = time.perf_counter() - began
         run.writer.close()
     if run.failures:

@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fmexp import backend, datasets, evaluate, randomness
-from fmexp import train as training
+from fmexp import backend, datasets, randomness
+from fmexp.engine import evaluation
+from fmexp.engine.optim import build_optimizer
 from fmexp.errors import ConfigError, FmexpError
-from fmexp.run import Run, Stage, looking
+from fmexp.run import Run, Stage, eval_mode, total_steps
 
 
 def build(cfg: DictConfig) -> Run:
@@ -47,17 +48,17 @@ def build(cfg: DictConfig) -> Run:
     with randomness.forked(randomness.key(cfg.seed, "batch")):
         dataset = dataset.to(device)
         images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
-    with looking(model, cfg.seed):
+    with eval_mode(model, cfg.seed):
         _check_model(cfg.model, model, images[:2], classes, given)
-        steps = training.total_steps(cfg, dataset)
+        steps = total_steps(cfg, dataset)
         how = backend.choose(model, images[:2], cfg.train.batch_size, compiled=cfg.train.compile, steps=steps)
-        evaluation = backend.choose(model, images[:2], evaluate.BATCH)
+        how_evaluated = backend.choose(model, images[:2], evaluation.BATCH)
     try:
-        optimizer = training.build_optimizer(cfg.optimizer, model)
+        optimizer = build_optimizer(cfg.optimizer, model)
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how, evaluation)
+    return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how, how_evaluated)
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:

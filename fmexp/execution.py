@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from omegaconf import DictConfig, ListConfig
 
 import fmexp
 from fmexp import checkpoint, config, datasets, disk, events, folder, randomness
-from fmexp import train as training
 from fmexp.build import build, target
 from fmexp.errors import FmexpError
-from fmexp.run import Run, disk_full
+from fmexp.run import Run, disk_full, total_steps
 from fmexp.stop import Stop
+from fmexp.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +77,9 @@ class _Execution:
     """One process's work on a run: from where its folder stands to the end, or to a signal."""
 
     def __init__(self, run: Run, output_dir: Path, tree: dict[str, Any], stop: Stop, resume_command: str) -> None:
-        self.run, self.output_dir, self.tree, self.stop = run, output_dir, tree, stop
-        self.resume_command = resume_command
-        self.started = time.monotonic()
-        self.saved, self.cost = self.started, 0.05  # when the last checkpoint was written, and the seconds that it took
-        self.checkpoint_every = run.cfg.train.checkpoint_every  # here, for OmegaConf takes its time at every step
-        self.read_back = True  # whether the next checkpoint is the first of this process
+        self.run, self.output_dir, self.tree = run, output_dir, tree
+        about = {"config": tree, "config_digest": config.digest(tree), "versions": versions()}
+        self.trainer = Trainer(run, folder=output_dir, about=about, stop=stop, resume_command=resume_command)
 
     def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
         """Go on from a checkpoint's state, or begin; return the objective."""
@@ -95,7 +92,7 @@ class _Execution:
             disk.clear(self.output_dir)
             events.rewind(self.output_dir, state["events"] if state else events.EMPTY)
         if state:
-            self._restore(state)
+            self.trainer.load_state_dict(state)
         run.output_dir = self.output_dir
         run.writer = events.open_writer(run.cfg.logging, self.output_dir, step=run.step if state else None)
         try:
@@ -104,14 +101,14 @@ class _Execution:
                 if not state:
                     events.write_hparams(run.writer, self.output_dir, self.tree)
                     run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{text}```", 0)
-                    run.happen("start")
+                    run.run_stages("start")
                 else:  # as the last thing before training, so that nothing draws from it in between
                     randomness.restore(state["random"])
                 try:
-                    training.train(run, on_log=self._log, on_epoch=self._epoch, on_step=self._step)
-                    run.happen("end")
+                    self.trainer.fit()
+                    run.run_stages("end")
                     status = "complete"
-                except training.DivergedError as diverged:
+                except DivergedError as diverged:
                     log.error("the run diverged: %s. A smaller optimizer.lr is the usual cure.", diverged)
                     status, run.step = "diverged", diverged.step
             return self._finish(status)
@@ -124,7 +121,7 @@ class _Execution:
 
     def _finish(self, status: str) -> float:
         run = self.run
-        run.seconds += time.monotonic() - self.started
+        run.seconds += time.monotonic() - self.trainer.started
         run.writer.add_scalar("seconds", run.seconds, run.step)
         events.write_status(run.writer, status == "complete")
         events.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
@@ -141,80 +138,6 @@ class _Execution:
         self._conclude(status)
         return objective
 
-    def _log(self) -> None:
-        run = self.run
-        loss = training.mean_loss(run.losses, run.step)
-        run.losses.clear()
-        run.scalar(run.cfg.train.tag, loss)
-        log.info("step %d: %s %.4f", run.step, run.cfg.train.tag, loss)
-        run.happen("log")
-
-    def _epoch(self) -> None:
-        run = self.run
-        if run.losses:
-            training.mean_loss(run.losses, run.step)  # what has diverged is not evaluated
-        run.scalar("test/loss", run.evaluation.loss)
-        run.scalar("test/accuracy", run.evaluation.accuracy)
-        best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone
-        run.scalar(best, max(run.evaluation.accuracy, run.metrics.get(best, 0.0)))
-        log.info(
-            "epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, run.evaluation.accuracy, run.evaluation.loss
-        )
-        run.happen("epoch")
-
-    def _step(self) -> None:
-        run, every = self.run, self.checkpoint_every
-        due = run.step % every == 0 if every else time.monotonic() > self.saved + max(1.0, 100 * self.cost)
-        if due or run.position == 0 or self.stop.signal:
-            self._save()
-        if self.stop.signal:
-            run.writer.close()
-            log.warning("stopped by %s after step %d; go on with\n  %s",
-                        self.stop.signal.name, run.step, self.resume_command or "the same call")  # fmt: skip
-            self.stop.leave()
-
-    def _save(self) -> None:
-        run, began = self.run, time.monotonic()
-        if run.losses:
-            training.mean_loss(run.losses, run.step)  # nothing that has diverged is kept
-        state = {
-            "events": events.snapshot(run.writer, self.output_dir),
-            "config": self.tree,
-            "config_digest": config.digest(self.tree),
-            "step": run.step,
-            "epoch": run.epoch,
-            "position": run.position,
-            "losses": torch.stack(run.losses).cpu() if run.losses else torch.empty(0),
-            "metrics": run.metrics,
-            "failures": run.failures,
-            "seconds": run.seconds + began - self.started,
-            "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "random": randomness.capture(),
-            "backend": asdict(run.backend),
-            "versions": versions(),
-        }
-        checkpoint.save(self.output_dir, state, read_back=self.read_back)
-        self.read_back = False
-        self.saved = time.monotonic()
-        self.cost = self.saved - began
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        run = self.run
-        run.model.load_state_dict(state["model"])
-        for saved, group in zip(state["optimizer"].get("param_groups", ()), run.optimizer.param_groups, strict=False):
-            saved.update({name: group[name] for name in ("fused", "capturable") if name in group})  # of this device
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
-        run.losses = list(state["losses"].to(run.device))
-        run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]
-        kept = {k: state["backend"].get(k, False) for k in ("threads", "onednn", "compiled", "channels_last")}
-        run.backend = replace(run.backend, **kept)
-        if changed := run.backend.changed(state["backend"]):
-            log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))
-        if run.step:
-            run.batch = training.latest_batch(run)
-
     def _announce(self, resumed: bool) -> None:
         run = self.run
         data, cfg = run.dataset, run.cfg
@@ -227,9 +150,7 @@ class _Execution:
             "model      %s, %s parameters", target(cfg.model), f"{sum(p.numel() for p in run.model.parameters()):,}"
         )
         log.info("optimizer  %s, %s", target(cfg.optimizer), settings)
-        log.info(
-            "training   %s batches of %d, %s", f"{training.total_steps(cfg, data):,}", cfg.train.batch_size, run.backend
-        )
+        log.info("training   %s batches of %d, %s", f"{total_steps(cfg, data):,}", cfg.train.batch_size, run.backend)
         log.info("stages     %s", ", ".join(f"{stage.name} ({stage.on})" for stage in run.stages) or "none")
         log.info("folder     %s", shown(self.output_dir))
         if resumed:

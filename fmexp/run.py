@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fmexp import datasets, randomness
 from fmexp.backend import Backend
-from fmexp.evaluate import Evaluation, evaluate
+from fmexp.engine.evaluation import Evaluation, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ class Run:
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
         backend, evaluation_backend: how the training and the evaluation are computed.
-        executed: how many stages were, by this process.
     """
 
     cfg: DictConfig
@@ -64,40 +64,46 @@ class Run:
     seconds: float = 0.0
     output_dir: Path = field(init=False)
     writer: SummaryWriter = field(init=False)
-    executed: int = field(default=0, init=False)
-    _evaluation: tuple[int, Evaluation] | None = None
+    _evaluations: dict[str, Evaluation] = field(default_factory=dict, init=False)
 
-    @property
-    def evaluation(self) -> Evaluation:
-        """What the model, as it is now, says of the test split: one pass, kept until the next batch."""
-        if self._evaluation is None or self._evaluation[0] != self.step:
+    def evaluate(self, split: str) -> Evaluation:
+        """What the model, as it is now, says of a split ("train" or "test"): one pass, kept until the next batch."""
+        if split not in self._evaluations:
             how = self.evaluation_backend
-            with looking(self.model, randomness.key(self.cfg.seed, "evaluation")), how.applied():
-                done = evaluate(
+            with eval_mode(self.model, randomness.key(self.cfg.seed, "evaluation")), how.applied():
+                self._evaluations[split] = evaluate(
                     self.model,
                     self.dataset,
+                    getattr(self.dataset, split),
                     device=self.device,
                     num_workers=self.cfg.train.num_workers,
                     memory_format=how.memory_format,
                 )
-            self._evaluation = self.step, done
-        return self._evaluation[1]
+        return self._evaluations[split]
+
+    def forget_evaluations(self) -> None:
+        """Called after a batch: the model is another."""
+        self._evaluations.clear()
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation of the test split."""
+        return self.evaluate("test")
 
     def scalar(self, tag: str, value: float) -> None:
         """Write a metric at the current step."""
         self.metrics[tag] = float(value)  # NumPy's numbers would make a checkpoint unreadable
         self.writer.add_scalar(tag, value, self.step)
 
-    def happen(self, moment: str) -> None:
-        """Execute the stages that are attached to a moment, in the order of the configuration."""
+    def run_stages(self, moment: str) -> None:
+        """Execute the stages of a moment, in the order of the configuration."""
         for stage in self.stages:
             if stage.on == moment:
                 self._execute(stage)
 
     def _execute(self, stage: Stage) -> None:
-        self.executed += 1
         try:
-            with looking(self.model, randomness.key(self.cfg.seed, stage.name, self.step)):
+            with eval_mode(self.model, randomness.key(self.cfg.seed, stage.name, self.step)):
                 stage.function(self)
         except Exception as error:
             if stage.required or disk_full(error):
@@ -107,8 +113,8 @@ class Run:
 
 
 @contextmanager
-def looking(model: nn.Module, seed: int) -> Iterator[None]:
-    """Look at a model in eval mode and leave modes, gradients, buffers (BatchNorm's) and random state as they were."""
+def eval_mode(model: nn.Module, seed: int) -> Iterator[None]:
+    """Put a model into eval mode for the block, then restore modes, gradients, buffers and random state."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -135,3 +141,14 @@ def disk_full(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def steps_per_epoch(cfg: DictConfig, dataset: datasets.Dataset) -> int:
+    """How many batches an epoch has, the last of which may be smaller."""
+    return math.ceil(datasets.length(dataset.train) / int(cfg.train.batch_size))
+
+
+def total_steps(cfg: DictConfig, dataset: datasets.Dataset) -> int:
+    """How many batches the run has, from train.epochs and train.max_steps."""
+    steps = int(cfg.train.epochs) * steps_per_epoch(cfg, dataset)
+    return min(steps, int(cfg.train.max_steps or steps))

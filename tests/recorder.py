@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fmexp.capture import Graph, Taken
+from fmexp.engine.cuda_graph import Graph
 
 
 class CpuGraph(TorchDispatchMode):
@@ -25,10 +25,10 @@ class CpuGraph(TorchDispatchMode):
         self.replays = self.recorded = 0
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def side_stream(self) -> Iterator[None]:
         yield
 
-    def record(self, function: Callable[[], Taken]) -> Graph:
+    def record(self, function: Callable[[], Tensor]) -> Graph:
         self.recorded += 1
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.before: list[tuple[Tensor, Tensor]] = []

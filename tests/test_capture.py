@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fmexp import capture, compose, datasets, execute, models, train
+from fmexp import compose, datasets, execute, models, trainer
+from fmexp.engine import cuda_graph, optim, step
 from fmexp.run import Run
 
 LIGHT = ("logging=light", "stage.per_class_accuracy.enabled=false")
@@ -33,7 +34,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CpuGraph]:
     """Let the runs from here on be captured by the graph that this returns, or by a given one (None: by none)."""
 
     def use(given: CpuGraph | None = None) -> CpuGraph | None:
-        monkeypatch.setattr(capture, "recorder", lambda run: given)
+        monkeypatch.setattr(trainer, "find_recorder", lambda run: given)
         return given
 
     return use
@@ -56,7 +57,11 @@ def both(tmp_path: Path, graph: Callable[..., Any]) -> Callable[..., CpuGraph]:
 
 def lines(folder: Path, level: str) -> list[str]:
     """What the capture said in a run's log at a level."""
-    return [line for line in (folder / "fmexp.log").read_text().splitlines() if f"[fmexp.capture][{level}]" in line]
+    return [
+        line
+        for line in (folder / "fmexp.log").read_text().splitlines()
+        if f"[fmexp.engine.cuda_graph][{level}]" in line
+    ]
 
 
 # Captured
@@ -82,7 +87,7 @@ def test_a_captured_run_is_the_plain_one_to_the_bit(
     figures = [[image.encoded_image_string for image in one.Images("predictions vs. actuals")] for one in ran]
     assert figures[0] == figures[1], "run.batch is the batch"
     whole = 66 // small(*settings).train.batch_size * 2
-    assert (recorder.recorded, recorder.replays) == (1, whole - capture.WARM_UP)
+    assert (recorder.recorded, recorder.replays) == (1, whole - cuda_graph.WARM_UP)
     assert lines(tmp_path / "graph", "INFO") != []
     assert lines(tmp_path / "graph", "WARNING") == []
 
@@ -189,7 +194,7 @@ class Averages(Normed):
 def test_a_tensor_that_is_neither_parameter_nor_buffer_goes_on_too(
     both: Callable[..., CpuGraph], tmp_path: Path
 ) -> None:
-    assert both("model._target_=test_capture.Averages", "train.epochs=2").replays == 32 - capture.WARM_UP
+    assert both("model._target_=test_capture.Averages", "train.epochs=2").replays == 32 - cuda_graph.WARM_UP
     losses = [scalars(read_events(tmp_path / name), "test/loss") for name in ("plain", "graph")]
     assert losses[0] == losses[1]
 
@@ -339,7 +344,7 @@ class Counting(torch.optim.SGD):
     def step(self) -> None:  # type: ignore[override]
         self.steps += 1
         if self.steps % 3:
-            train.inspect.unwrap(torch.optim.SGD.step)(self)
+            step.inspect.unwrap(torch.optim.SGD.step)(self)
 
 
 @pytest.mark.parametrize(
@@ -428,13 +433,13 @@ def test_a_graph_that_does_not_do_what_the_step_does_is_not_used(
 def test_a_graph_is_for_cuda_with_its_data_there_and_compile_not_false(
     monkeypatch: pytest.MonkeyPatch, device: str, setting: str, in_memory: bool, used: bool
 ) -> None:
-    monkeypatch.setattr(capture, "CudaGraph", lambda where: ("graph", where))
+    monkeypatch.setattr(trainer, "CudaRecorder", lambda where: ("graph", where))
     data = datasets.synthetic(4, 4)
     split = data.train if in_memory else torch.utils.data.TensorDataset(torch.zeros(4, 1, 28, 28), torch.zeros(4))
     run: Any = SimpleNamespace(
         device=torch.device(device), dataset=SimpleNamespace(train=split), cfg=small(f"train.compile={setting}")
     )
-    assert capture.recorder(run) == (("graph", torch.device(device)) if used else None)
+    assert trainer.find_recorder(run) == (("graph", torch.device(device)) if used else None)
 
 
 class Elsewhere(TorchDispatchMode):
@@ -464,7 +469,7 @@ def test_the_step_of_every_model_and_optimizer_stays_on_a_cuda_device(model: str
             net = hydra.utils.instantiate(cfg.model, input_shape=(3, 32, 32), num_classes=10)
             split = datasets.Split(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
             data = datasets.Dataset(split, split, ["class"] * 10, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
-            chosen, update = torch.arange(4), train.build_optimizer(cfg.optimizer, net)
+            chosen, update = torch.arange(4), optim.build_optimizer(cfg.optimizer, net)
             for _ in range(2):  # in the first one constants are copied there
                 with Elsewhere() as elsewhere:
                     images, labels = data.take(split, chosen)
@@ -472,7 +477,7 @@ def test_the_step_of_every_model_and_optimizer_stays_on_a_cuda_device(model: str
                     for parameter in net.parameters():
                         parameter.grad = torch.zeros_like(parameter)
                     with torch.no_grad():
-                        train.update(update)
+                        step.update(update)
             assert loss.device.type == "cuda"
             assert elsewhere.seen == []
             assert update.state

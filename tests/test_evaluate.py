@@ -15,7 +15,7 @@ from torch.utils.tensorboard.summary import pr_curve
 
 from fmexp import datasets, execute
 from fmexp.datasets import Dataset, Split
-from fmexp.evaluate import BATCH, Evaluation, evaluate
+from fmexp.engine.evaluation import BATCH, Evaluation, evaluate
 from fmexp.models import LeNet
 
 LABELS = torch.tensor([0, 1, 0, 2, 1])
@@ -135,7 +135,7 @@ def test_the_pass_sees_every_test_image_once_and_in_order() -> None:
     images = torch.randint(0, 256, (count, 1, 2, 2), dtype=torch.uint8)
     split, none = Split(images, torch.arange(count) % 3), Split(images[:1], torch.zeros(1, dtype=torch.int64))
     dataset, model = Dataset(none, split, ("a", "b", "c"), (0.4,), (0.3,)), Remembers()
-    evaluation = evaluate(model, dataset, device=torch.device("cpu"))
+    evaluation = evaluate(model, dataset, dataset.test, device=torch.device("cpu"))
     assert [len(batch) for batch in model.given] == [BATCH, BATCH, 7]
     assert torch.equal(torch.cat(model.given), dataset.normalise(images))
     assert torch.equal(evaluation.labels, split.labels)

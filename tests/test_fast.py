@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from tools import assert_same_weights, interrupt, read_events, scalars, small, weights
 from torch import Tensor, nn
 
-from fmexp import backend, config, datasets, execute, models, train
+from fmexp import backend, config, datasets, execute, models
+from fmexp.engine import optim, step
 from fmexp.errors import ConfigError
 from fmexp.stages import predictions
 
@@ -58,7 +59,7 @@ def test_the_raw_update_is_the_optimizers_step_to_the_bit(name: str, settings: d
     models_ = lenet(), lenet()
     ours, theirs = (kind(model.parameters(), **settings) for model in models_)
     for images, labels in batches(5):
-        loss = train.step(models_[0], ours, images, labels)
+        loss = step.train_step(models_[0], ours, images, labels)
         theirs.zero_grad()
         expected = F.cross_entropy(models_[1](images), labels)
         expected.backward()
@@ -71,7 +72,7 @@ def test_the_raw_update_is_the_optimizers_step_to_the_bit(name: str, settings: d
 def test_optimizers_are_fused_where_torch_can_and_the_configuration_does_not_say_otherwise() -> None:
     def fused(**settings: Any) -> bool:
         cfg = OmegaConf.create({"_target_": "torch.optim.SGD", "lr": 0.1, **settings})
-        return bool(train.build_optimizer(cfg, lenet()).defaults["fused"])
+        return bool(optim.build_optimizer(cfg, lenet()).defaults["fused"])
 
     assert fused()
     assert not fused(fused=False)
@@ -84,7 +85,7 @@ def test_the_fused_update_is_close_to_the_plain_one(name: str) -> None:
     for fused in (True, False):
         model = lenet()
         optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.001, fused=fused)
-        curves.append([float(train.step(model, optimizer, *batch)) for batch in batches(20)])
+        curves.append([float(step.train_step(model, optimizer, *batch)) for batch in batches(20)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
@@ -98,7 +99,7 @@ def test_native_and_onednn_kernels_give_nearly_the_same_curve() -> None:
         with how.applied():
             model = lenet()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-            curves.append([float(train.step(model, optimizer, *batch)) for batch in batches(20)])
+            curves.append([float(step.train_step(model, optimizer, *batch)) for batch in batches(20)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-3)
 
 

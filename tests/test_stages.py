@@ -31,10 +31,10 @@ import fmexp.figures
 from fmexp import compose, datasets, execute
 from fmexp.config import Moment, conf_dir
 from fmexp.datasets import Dataset, Split
+from fmexp.engine.evaluation import Evaluation, evaluate
 from fmexp.errors import ConfigError
-from fmexp.evaluate import Evaluation, evaluate
 from fmexp.models import LeNet
-from fmexp.run import Run, looking
+from fmexp.run import Run, eval_mode
 from fmexp.stages import confusion_matrix, predictions
 
 STAGES = sorted(path.stem for path in (conf_dir() / "stage").glob("*.yaml"))
@@ -143,7 +143,7 @@ def final_model(folder: Path) -> nn.Module:
 
 
 def test_the_shared_run_is_worth_reading(seen: Seen) -> None:
-    model = evaluate(final_model(seen.folder), seen.dataset, device=torch.device("cpu"))
+    model = evaluate(final_model(seen.folder), seen.dataset, seen.dataset.test, device=torch.device("cpu"))
     assert torch.equal(model.labels, seen.dataset.test.labels)
     torch.testing.assert_close(seen.evaluation.probabilities, model.probabilities, rtol=0, atol=1e-5)
     assert torch.equal(seen.evaluation.labels, seen.dataset.test.labels)
@@ -596,13 +596,13 @@ def test_looking_leaves_everything_as_it_was() -> None:
     random_state = torch.get_rng_state(), random.getstate(), repr(np.random.get_state(legacy=False))
     drawn = []
     for _ in range(2):
-        with looking(model, 5):
+        with eval_mode(model, 5):
             assert not any(module.training for module in model.modules())
             assert all(parameter.grad is None for parameter in model.parameters())
             drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
             model.train()
             model(torch.randn(2, 1, 28, 28)).sum().backward()
-    with pytest.raises(RuntimeError), looking(model, 5):
+    with pytest.raises(RuntimeError), eval_mode(model, 5):
         raise RuntimeError
     assert drawn[0] == drawn[1]  # its own numbers, the same each time
     assert [module.training for module in model] == [True, False, True, True, True, True]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import pickle
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10
 
-from fmexp import compose, execute, train
+from fmexp import compose, execute
+from fmexp.trainer import Trainer
 
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu")
 
@@ -112,18 +112,15 @@ class Interrupted(Exception):
 
 def interrupt(cfg: DictConfig, folder: Path, step: int) -> dict[str, Any]:
     """Execute a run in a folder until it has done a step; returns its result, which is removed."""
-    original = train.train
+    after_step = Trainer.after_step
 
-    def stopping(run: Any, *, on_step: Callable[[], None], **moments: Callable[[], None]) -> None:
-        def and_stop() -> None:
-            on_step()
-            if run.step == step:
-                raise Interrupted
-
-        original(run, on_step=and_stop, **moments)
+    def and_stop(self: Trainer, loss: torch.Tensor) -> None:
+        after_step(self, loss)
+        if self.run.step == step:
+            raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train", stopping)
+        patch.setattr(Trainer, "after_step", and_stop)
         with pytest.raises(Interrupted):
             execute(cfg, folder)
     path = folder / "result.json"

@@ -11,7 +11,7 @@ from PIL import Image
 from server import Server
 
 from fmexp import datasets, sweep
-from fmexp.evaluate import Evaluation, evaluate
+from fmexp.engine.evaluation import Evaluation, evaluate
 from fmexp.models import LeNet
 
 
@@ -20,7 +20,7 @@ def evaluation(logdir: Path, tutorial_data: datasets.Dataset) -> Evaluation:
     """The final model's evaluation, made again from model.pt."""
     model = LeNet(input_shape=(1, 28, 28), num_classes=10)
     model.load_state_dict(torch.load(logdir / "tutorial" / "model.pt", weights_only=True))
-    return evaluate(model.eval(), tutorial_data, device=torch.device("cpu"))
+    return evaluate(model.eval(), tutorial_data, tutorial_data.test, device=torch.device("cpu"))
 
 
 def test_scalars(server: Server, logdir: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tensorboard.compat.tensorflow_stub.io import gfile
 
-from fmexp import train as training
+from fmexp.engine import step
 
 _write, _fsync, _replace, _fdopen = os.write, os.fsync, os.replace, os.fdopen
 AUDITED = {"open", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.rename"}
@@ -35,7 +35,7 @@ def install(folder: str, plan: list[dict[str, Any]], trace: str | None, layers: 
     breaker = _Breaker(folder, plan, trace)
     os.fsync, os.replace, os.fdopen = breaker.fsync, breaker.replace, breaker.fdopen  # type: ignore[assignment]
     gfile.LocalFileSystem._write = breaker.gfile_write
-    training.update = breaker.update(training.update)
+    step.update = breaker.update(step.update)
     torch.Tensor.backward = breaker.backward(torch.Tensor.backward)  # type: ignore[method-assign]
     sys.addaudithook(breaker.audit)
     if layers:

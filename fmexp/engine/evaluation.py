@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmexp.datasets import Dataset, batches, length
+from fmexp.datasets import Dataset, MapStyle, Split, batches, length
 
 BATCH = 500  # images at once: large enough for full speed on a CPU, small enough for any memory
 
@@ -57,13 +57,13 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
+    split: Split | MapStyle,
     *,
     device: torch.device,
     num_workers: int = 0,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Evaluation:
-    """Run the model (in the mode it is in) over the test split; the loss is the mean cross-entropy."""
-    split = dataset.test
+    """Run the model (in the mode it is in) over a split of the dataset; the loss is the mean cross-entropy."""
     indices = torch.arange(length(split))
     logits, labels = [], []
     for images, targets in batches(dataset, split, indices, BATCH, device=device, num_workers=num_workers):

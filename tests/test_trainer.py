@@ -13,10 +13,11 @@ from tools import assert_same_weights, read_events, scalars, small, weights
 from torch import Tensor, nn
 
 import fmexp
-from fmexp import compose, config, datasets, execute, train
+from fmexp import compose, config, datasets, execute, trainer
 from fmexp.datasets import Dataset, Split
-from fmexp.evaluate import evaluate
+from fmexp.engine.evaluation import evaluate
 from fmexp.models import LeNet
+from fmexp.run import total_steps
 
 SCALARS = ("logging=light", "stage.per_class_accuracy.enabled=false")  # nothing but the training's own points
 
@@ -122,10 +123,10 @@ def one_pixel(train_size: int, test_size: int, image_size: int, seed: int) -> Da
 
 def test_the_tutorials_settings_give_the_tutorials_15_points(tmp_path: Path) -> None:
     cfg = compose(
-        ["experiment=tutorial", "dataset=synthetic", "dataset._target_=test_train.one_pixel", "device=cpu",
-         "dataset.train_size=60000", "model._target_=test_train.OnePixel", "logging=light"]
+        ["experiment=tutorial", "dataset=synthetic", "dataset._target_=test_trainer.one_pixel", "device=cpu",
+         "dataset.train_size=60000", "model._target_=test_trainer.OnePixel", "logging=light"]
     )  # fmt: skip
-    assert train.total_steps(cfg, one_pixel(60_000, 1, 1, 0)) == 15_000
+    assert total_steps(cfg, one_pixel(60_000, 1, 1, 0)) == 15_000
     execute(cfg, tmp_path)
     points = scalars(read_events(tmp_path), cfg.train.tag)
     assert [step for step, _ in points] == list(range(1000, 15_001, 1000))
@@ -145,7 +146,7 @@ def test_the_tutorials_settings_give_the_tutorials_15_points(tmp_path: Path) -> 
 )
 def test_how_many_batches_a_run_has(settings: dict[str, int], size: int, steps: int) -> None:
     cfg = compose([f"train.{key}={value}" for key, value in settings.items()])
-    assert train.total_steps(cfg, one_pixel(size, 1, 1, 0)) == steps
+    assert total_steps(cfg, one_pixel(size, 1, 1, 0)) == steps
 
 
 def test_max_steps_ends_a_run_in_the_middle_of_an_epoch_with_its_last_points(tmp_path: Path) -> None:
@@ -219,7 +220,8 @@ def test_the_model_file_is_the_state_dict_alone_and_reproduces_the_accuracy(done
     state = torch.load(folder / "model.pt", weights_only=True)
     assert list(state) == list(model.state_dict())
     model.load_state_dict(state)
-    found = evaluate(model.eval(), datasets.synthetic(120, 40, 28, 0), device=torch.device("cpu"))
+    data = datasets.synthetic(120, 40, 28, 0)
+    found = evaluate(model.eval(), data, data.test, device=torch.device("cpu"))
     assert found.accuracy == accuracy
     assert accuracy > 0.3  # ten classes
     assert found.loss == pytest.approx(json.loads((folder / "result.json").read_text())["metrics"]["test/loss"], 1e-5)
@@ -282,7 +284,7 @@ def test_a_run_that_diverges_says_where(objective: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_later_keeps_the_points_before(tmp_path: Path) -> None:
-    value = execute(small(*SCALARS, "model._target_=test_train.Bursts", "objective=train/loss"), tmp_path)
+    value = execute(small(*SCALARS, "model._target_=test_trainer.Bursts", "objective=train/loss"), tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert math.isnan(value)  # and not the last point before
     assert (result["status"], result["steps"], result["objective"]) == ("diverged", 10, None)
@@ -306,8 +308,8 @@ class Bursts(LeNet):
 
 def test_the_mean_of_losses_names_the_first_that_is_not_finite() -> None:
     losses = [torch.tensor(value) for value in (1.0, 2.0, 6.0)]
-    assert train.mean_loss(losses, 50) == 3
+    assert trainer.mean_loss(losses, 50) == 3
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(train.DivergedError, match=f"the loss is {bad} at step 49") as caught:
-            train.mean_loss([losses[0], torch.tensor(bad), torch.tensor(math.nan)], 50)
+        with pytest.raises(trainer.DivergedError, match=f"the loss is {bad} at step 49") as caught:
+            trainer.mean_loss([losses[0], torch.tensor(bad), torch.tensor(math.nan)], 50)
         assert caught.value.step == 49

@@ -1,4 +1,4 @@
-"""The whole training step as one CUDA graph: index, normalise, forward, backward and update are one call.
+"""The whole training step as one CUDA graph: forward, backward and update are one call.
 
 A replay repeats what the kernels did, and nothing that Python did. So a step is captured only if it leaves all of the
 model and the optimizer as it is but for what their tensors hold, and its graph is used only if the first replay gives
@@ -16,145 +16,142 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fmexp import randomness
-from fmexp.datasets import Split
+from fmexp.engine.step import Step
 from fmexp.errors import first_line
-from fmexp.run import Run
 
 log = logging.getLogger(__name__)
 
 WARM_UP = 3  # plain steps before a capture, in which libraries and optimizers set themselves up
-Taken = tuple[Tensor, Tensor, Tensor]  # images and labels of a batch, and its loss
 
 
 class Recorder(Protocol):
-    """What is needed of CUDA's graphs."""
+    """What is needed of CUDA's graphs; the tests have one for the CPU."""
 
-    def aside(self) -> AbstractContextManager[None]:
-        """The stream on which it records, for the steps before that."""
+    def side_stream(self) -> AbstractContextManager[None]:
+        """The stream on which it records, for the steps before that: CUDA asks for warm-up on a side stream."""
 
-    def record(self, function: Callable[[], Taken]) -> "Graph":
+    def record(self, function: Callable[[], Tensor]) -> "Graph":
         """Note the kernels of a function, in place of running them."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What was recorded: the tensors that a replay fills."""
+    """What was recorded, and the loss that a replay fills."""
 
-    filled: Taken
+    loss: Tensor
     replay: Callable[[], None]
 
 
-class CudaGraph:
+class CudaRecorder:
     """A `Recorder` on a CUDA device (PyTorch's notes on CUDA semantics, section CUDA Graphs)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def side_stream(self) -> Iterator[None]:
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 yield
             torch.cuda.current_stream().wait_stream(self.stream)
 
-    def record(self, function: Callable[[], Taken]) -> Graph:
+    def record(self, function: Callable[[], Tensor]) -> Graph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.stream):
-            filled = function()
-        return Graph(filled, graph.replay)
+            loss = function()
+        return Graph(loss, graph.replay)
 
 
-def recorder(run: Run) -> Recorder | None:
-    """What can capture this run's step: nothing but on CUDA, with the data there and train.compile not false."""
-    possible = run.device.type == "cuda" and isinstance(run.dataset.train, Split) and run.cfg.train.compile is not False
-    return CudaGraph(run.device) if possible else None
+class GraphedStep:
+    """A `Step` that runs plainly at first, then as a graph, and plainly for good where it cannot be captured.
 
-
-class Captured:
-    """Training on the batch at some indices: plainly at first, then by a graph, and plainly again where that fails.
-
-    A stage may change the model or the optimizer: then the step is captured anew.
+    Args:
+        step: the plain step, for batches of any size.
+        batch_size: the size of the batches that the graph is for; others are taken plainly.
     """
 
-    def __init__(self, run: Run, step: Callable[[Tensor, Tensor], Tensor], recorder: Recorder) -> None:
-        self.run, self.step, self.recorder = run, step, recorder
+    def __init__(self, step: Step, model: nn.Module, optimizer: Optimizer, batch_size: int, recorder: Recorder) -> None:
+        self.step, self.model, self.optimizer = step, model, optimizer
+        self.batch_size, self.recorder = batch_size, recorder
         self.possible = True
         self.graph: Graph | None = None
         self.wait = self.patience = WARM_UP  # plain steps until the next capture
-        self.replays, self.looked = 0, (0, 0)
+        self.replays = 0
         self.fixed: Any = None
-        self.kept: list[Tensor] = []  # what the graph uses must not be freed
+        self.kept: list[Tensor] = []  # memory that the graph uses must not be freed
 
-    def __call__(self, chosen: Tensor) -> Taken:
-        """Train on the training images at `chosen`, int64 [B] on the device."""
-        if not self.possible or len(chosen) != self.run.cfg.train.batch_size:
-            return self._plain(chosen)
-        if self.graph and self._holds():
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        if not self.possible or len(labels) != self.batch_size:
+            return self.step(images, labels)
+        if self.graph:
             self.replays += 1
-            return self._replay(self.graph, chosen)
+            return self._replay(self.graph, images, labels)
         if self.wait:
             self.wait -= 1
-            with self.recorder.aside():
-                return self._plain(chosen)
-        return self._capture(chosen)
+            with self.recorder.side_stream():
+                return self.step(images, labels)
+        return self._capture(images, labels)
 
-    def _holds(self) -> bool:
-        """Whether all is as it was captured. A stage can have changed it, or another batch size at an epoch's end."""
-        if self.looked != (self.run.executed, self.run.epoch):
-            self.looked = self.run.executed, self.run.epoch
-            try:
-                same = _Look(self.run).fixed == self.fixed
-            except Exception:  # something of an unknown kind has come; the next capture says so
-                same = False
-            if not same:
-                self.patience = WARM_UP if self.replays > self.patience else 2 * self.patience
-                self.graph, self.wait = None, self.patience
-        return self.graph is not None
+    def state_may_have_changed(self) -> None:
+        """Give the graph up where the model or the optimizer is no longer as it was captured.
 
-    def _plain(self, chosen: Tensor) -> Taken:
-        images, labels = self.run.dataset.take(self.run.dataset.train, chosen)
-        return images, labels, self.step(images, labels)
-
-    def _replay(self, graph: Graph, chosen: Tensor) -> Taken:
-        self.chosen.copy_(chosen)
-        graph.replay()
-        images, labels, loss = graph.filled
-        return images.clone(), labels.clone(), loss.clone()  # the next replay fills them anew
-
-    def _capture(self, chosen: Tensor) -> Taken:
-        """Take a step plainly, and capture one, and see whether it does the same. The plain one counts."""
+        To be called after whatever may change them but a step: a stage, an evaluation, a batch of another size.
+        """
+        if self.graph is None:
+            return
         try:
-            look = _Look(self.run)
-            before = look.values()
+            same = _State(self.model, self.optimizer).fixed == self.fixed
+        except Exception:  # something of an unknown kind has come; the next capture says so
+            same = False
+        if not same:
+            # What changes every few steps would cost a capture each time: wait twice as long.
+            self.patience = WARM_UP if self.replays > self.patience else 2 * self.patience
+            self.graph, self.wait = None, self.patience
+
+    def _replay(self, graph: Graph, images: Tensor, labels: Tensor) -> Tensor:
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        graph.replay()
+        return graph.loss.clone()  # the next replay overwrites it
+
+    def _capture(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Take a step plainly, capture one, and compare the two. The plain one counts."""
+        try:
+            state = _State(self.model, self.optimizer)
+            before = state.values()
         except Exception as error:  # for a state of an unknown kind
             self._give_up(error)
-            return self._plain(chosen)
-        with self.recorder.aside():
-            done = self._plain(chosen)
-        after = look.values()
+            return self.step(images, labels)
+        with self.recorder.side_stream():
+            loss = self.step(images, labels)
+        after = state.values()
         try:
-            if _Look(self.run).fixed != look.fixed or look.outside(before) != look.outside(after):
-                raise RuntimeError("it changes what Python keeps, or draws random numbers there")
-            if look.hooked:
-                raise RuntimeError("the model has hooks")
-            self.chosen = torch.zeros_like(chosen)
-            graph = self.recorder.record(lambda: self._plain(self.chosen))
-            if _Look(self.run).fixed != look.fixed:
+            self._check_capturable(state, before, after)
+            self.images, self.labels = images.clone(), labels.clone()
+            graph = self.recorder.record(lambda: self.step(self.images, self.labels))
+            if _State(self.model, self.optimizer).fixed != state.fixed:
                 raise RuntimeError("it changes what Python keeps")
-            look.put(before)
-            replayed = self._replay(graph, chosen)
-            if _bits([replayed, look.values()]) != _bits([done, after]):
+            state.put(before)
+            replayed = self._replay(graph, images, labels)
+            if _bits([replayed, state.values()]) != _bits([loss, after]):
                 raise RuntimeError("a replay does not give the bits of the plain step")
-            self.graph, self.fixed, self.kept, self.replays = graph, look.fixed, look.tensors, 0
-            self.looked = self.run.executed, self.run.epoch
-            log.info("step %d: the training step is a CUDA graph from here on", self.run.step + 1)
+            self.graph, self.fixed, self.kept, self.replays = graph, state.fixed, state.tensors, 0
+            log.info("the training step is a CUDA graph from here on")
         except Exception as error:  # whatever a capture raises
-            look.put(after)
+            state.put(after)
             self._give_up(error)
-        return done
+        return loss
+
+    def _check_capturable(self, state: "_State", before: dict[str, Any], after: dict[str, Any]) -> None:
+        changed = _State(self.model, self.optimizer).fixed != state.fixed
+        if changed or state.host_random(before) != state.host_random(after):
+            raise RuntimeError("it changes what Python keeps, or draws random numbers there")
+        if state.hooked:
+            raise RuntimeError("the model has hooks")
 
     def _give_up(self, error: Exception) -> None:
         self.possible = False
@@ -162,8 +159,8 @@ class Captured:
         log.warning("the training step cannot be a CUDA graph and is taken kernel by kernel: %s", why)
 
 
-class _Look:
-    """What a step is made of, at one moment.
+class _State:
+    """All that a step works on, at one moment.
 
     Attributes:
         tensors: all that is on the device: parameters, buffers, other attributes of modules, the optimizer's state. A
@@ -176,11 +173,11 @@ class _Look:
         Exception: something of a kind that cannot be compared.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.device = run.device.type
-        model, found = run.model, dict[int, Tensor]()
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        found = dict[int, Tensor]()
         own = [{k: v for k, v in vars(module).items() if k not in INTERNAL} for module in model.modules()]
-        parts = [own, list(model.parameters()), list(model.buffers()), vars(run.optimizer)]
+        parts = [own, list(model.parameters()), list(model.buffers()), vars(optimizer)]
         owners = (*model.modules(), *model.parameters())
         self.hooked = any(getattr(owner, kind, None) for owner in owners for kind in HOOKS)
         self.fixed = self.hooked, self._compared(parts, found)
@@ -198,7 +195,7 @@ class _Look:
             tensor.copy_(value)
         randomness.restore(values["random"])
 
-    def outside(self, values: dict[str, Any]) -> Any:
+    def host_random(self, values: dict[str, Any]) -> Any:
         """The random state but for the device's own, which is captured."""
         device = "cuda" if self.device == "cuda" else "torch"
         return _bits({name: state for name, state in values["random"].items() if name != device})

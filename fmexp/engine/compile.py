@@ -1,0 +1,60 @@
+"""The training step compiled by torch.compile: loss and gradients are one function (docs/performance.md)."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fmexp.engine import step as plain
+from fmexp.engine.step import Step
+
+
+def compile_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> Step:
+    """Compile `train_step` for batches shaped as this one.
+
+    The modules' own gradient functions are not called, so hooks on gradients are not either.
+
+    Raises:
+        Exception: whatever the compiler raises on a model that it cannot take.
+    """
+    parameters: dict[str, Tensor] = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, (parameters, buffers), (images,)), labels)
+
+    # Called from C++ and in the model's own memory layout, without which a small batch gains nothing.
+    options: dict[str, Any] = {"cpp_wrapper": True, "layout_optimization": False} if images.device.type == "cpu" else {}
+    function = torch.compile(torch.func.grad_and_value(loss), dynamic=False, fullgraph=True, options=options)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            gradients, value = function(parameters, buffers, images, labels)
+            for name, parameter in parameters.items():
+                parameter.grad = gradients[name]
+            plain.update(optimizer)
+        return value  # type: ignore[no-any-return]
+
+    with _quiet_compiler(), torch.no_grad():
+        function(parameters, buffers, images, labels)  # compiles now, so that a failure is known before training
+    return step
+
+
+@contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Silence what the compiler says about its own modules, and its toolchain about GPUs that are not there."""
+    toolchain = logging.getLogger("torch.utils.cpp_extension")
+    level = toolchain.level
+    toolchain.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        toolchain.setLevel(level)
