@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 
 import hydra.utils
@@ -92,7 +93,9 @@ def train(
     epochs, log_every = batches_per_epoch(run.cfg, run.dataset), cfg.log_every
     total = total_steps(run.cfg, run.dataset)
     count = datasets.length(run.dataset.train)
-    with tqdm(total=total, initial=run.step, unit=" batches", disable=None, leave=False, dynamic_ncols=True) as bar:
+    # tqdm asks its variable by itself only at its import, and not where `disable` is given; None: not on a terminal.
+    hidden = True if os.environ.get("TQDM_DISABLE") else None
+    with tqdm(total=total, initial=run.step, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True) as bar:
         while run.step < total:
             rest = datasets.order(run.cfg.seed, run.epoch, count)[run.position * cfg.batch_size :]
             run.model.train()
