@@ -73,9 +73,9 @@ def main() -> None:
         with messages.instead_of_tracebacks():
             run()
     finally:
-        for root in launcher.LAUNCHED:
-            print(sweep.conclude(root))
-            if any(member.status not in ("complete", "diverged") for member in sweep.read(root)):
+        for root, progress in launcher.LAUNCHED.items():
+            print(sweep.conclude(root, progress.not_begun))
+            if progress.not_begun or any(member.status not in ("complete", "diverged") for member in sweep.read(root)):
                 print(f"go on with\n  {resume_command(root / 'member', single=False)}")
             else:
                 print(f"compare them with\n  tensorboard --logdir {root}")

@@ -11,6 +11,7 @@ import os
 import sys
 import types
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from fmexp import config, disk, folder, parallel, results, slurm, sweep
 from fmexp.errors import ConfigError, FmexpError
 from fmexp.members import Composer, Member, ended_by_signals, execute
+from fmexp.progress import Progress
 from fmexp.search import Search
 
 log = logging.getLogger(__name__)
 
-LAUNCHED: list[Path] = []  # the folders of the sweeps of this process, whose tables are still to be shown
+LAUNCHED: dict[Path, Progress] = {}  # the folders of the sweeps of this process, whose tables are still to be shown
 
 
 class Grid(Sweeper):
@@ -48,18 +50,18 @@ class Grid(Sweeper):
         self.params = [f"{key!s}={value}" for key, value in (params or {}).items()]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.loader = hydra_context.config_loader
-        self.launch = (
-            Plugins.instance()
-            .instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
-            .launch
+        self.loader, self.objective = hydra_context.config_loader, config.objective
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
         parsed = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])
+        batches = list(BasicSweeper.split_arguments(parsed, self.max_batch_size))
         returned: list[Sequence[JobReturn]] = []
-        for batch in BasicSweeper.split_arguments(parsed, self.max_batch_size):
-            returned.append(self.launch(batch, sum(map(len, returned))))
+        with Progress(sum(map(len, batches)), self.objective) as self.launcher.progress:
+            for batch in batches:
+                returned.append(self.launcher.launch(batch, sum(map(len, returned))))
         for member in (member for batch in returned for member in batch):
             _ = member.return_value  # raises the error of one that failed
         return returned
@@ -76,6 +78,8 @@ class Launcher(HydraLauncher):
     def __init__(self, n_jobs: int = 1, slurm: DictConfig | None = None) -> None:
         self.n_jobs, self.slurm = n_jobs, slurm
         self.varied: list[str] | None = None  # the keys that name a member's folder; None: those that vary
+        self.progress: Progress | None = None  # of the sweeper, which may launch several times; None: of one launch
+        self.trees: dict[Path, dict[str, Any]] = {}  # the configurations of all members so far
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -103,20 +107,25 @@ class Launcher(HydraLauncher):
             _need("joblib", "joblib")
         root.mkdir(parents=True, exist_ok=True)
         disk.write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        sweep.begin(root, {member.folder: member.tree for member in members})
-        if root not in LAUNCHED:
-            LAUNCHED.append(root)
-        log.info("sweep of %d members (%s) in %s", len(members), _counts(members), root)
-        todo_folders = {member.folder for member in todo}
-        progress = sweep.Progress([m.folder for m in members], todo_folders, members[0].cfg.objective)
+        self.trees |= {member.folder: member.tree for member in members}
+        sweep.begin(root, self.trees)
+        if self.varied is None:  # a search says itself what it does
+            log.info("sweep of %d members (%s) in %s", len(members), _counts(members), root)
+        own = Progress(len(members), self.config.objective)
+        with nullcontext(self.progress) if self.progress else own as progress:
+            LAUNCHED[root] = progress
+            progress.plan([member.folder for member in members], [member.folder for member in todo])
+            self._run(root, todo, jobs, progress)
+        return [_outcome(member) for member in members]
+
+    def _run(self, root: Path, members: list[Member], jobs: int, progress: Progress) -> None:
         fail_fast = bool(self.config.sweep.fail_fast)
         if self.slurm is not None:
-            slurm.run(root, todo, self.slurm, progress, self.hydra_context, fail_fast=fail_fast)
+            slurm.run(root, members, self.slurm, progress, self.hydra_context, fail_fast=fail_fast)
         elif jobs > 1:
-            parallel.run(todo, jobs, progress, self.hydra_context, fail_fast=fail_fast)
+            parallel.run(members, jobs, progress, self.hydra_context, fail_fast=fail_fast)
         else:
-            self._one_after_another(todo)
-        return [_outcome(member) for member in members]
+            self._one_after_another(members, progress, fail_fast=fail_fast)
 
     def _plan(self, root: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[Member]:
         found = sweep.by_digest(root)
@@ -140,13 +149,16 @@ class Launcher(HydraLauncher):
             members.append(Member(number, list(overrides), cfg, tree, path, action))
         return members
 
-    def _one_after_another(self, members: list[Member]) -> None:
+    def _one_after_another(self, members: list[Member], progress: Progress, *, fail_fast: bool) -> None:
         with ended_by_signals():
-            for number, member in enumerate(members, 1):
-                log.info("\nmember %d of %d: %s", number, len(members), member.folder.name)
-                execute(member.cfg, self.hydra_context)
-                configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-                if self.config.sweep.fail_fast and results.status(member.folder) == "failed":
+            for member in members:
+                progress.started(member.folder)
+                try:
+                    execute(member.cfg, self.hydra_context)
+                finally:
+                    configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+                    progress.ended(member.folder)
+                if fail_fast and results.status(member.folder) == "failed":
                     break
 
 

@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 import signal
+import sys
 import threading
 import time
 import types
@@ -17,12 +18,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobRuntime, run_job, setup_globals
-from hydra.types import HydraContext
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from fmexp import folder
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,11 +66,14 @@ class Composer:
         return bool(plain) and not key.startswith("hydra.") and key not in self.master.hydra.runtime.choices
 
 
-def execute(cfg: DictConfig, hydra_context: HydraContext) -> None:
+def execute(cfg: DictConfig, hydra_context: HydraContext, *, console: bool = False) -> None:
     """Execute one member in this process as Hydra executes a job; what came of it stands in its folder.
 
     Where another process is running in that folder, such as one of a sweep whose parent was killed, wait for it: then
     there is its result to take, or its checkpoint to go on from.
+
+    Args:
+        console: whether its log lines go to the console, too, and not to its fmexp.log alone.
     """
     from fmexp import cli
 
@@ -79,12 +81,10 @@ def execute(cfg: DictConfig, hydra_context: HydraContext) -> None:
     JobRuntime.instance().set("name", cfg.hydra.job.name)
     path = Path(str(cfg.hydra.sweep.dir)) / cfg.hydra.sweep.subdir
     while True:
-        if folder.is_held(path):
-            log.warning("%s: waiting for %s, which is running in this folder", path.name, folder.owner(path))
-            while folder.is_held(path):
-                time.sleep(0.2)
+        while folder.is_held(path):
+            time.sleep(0.2)
         done = run_job(
-            task_function=cli.run.__wrapped__,
+            task_function=cli.run.__wrapped__ if console else _quiet(cli.run.__wrapped__),
             config=cfg,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
@@ -92,6 +92,18 @@ def execute(cfg: DictConfig, hydra_context: HydraContext) -> None:
         )
         if not isinstance(done._return_value, folder.HeldError):
             return
+
+
+def _quiet(task: TaskFunction) -> TaskFunction:
+    """The same, with no log lines on the console, which has one line for each member."""
+
+    def quiet_task(cfg: DictConfig) -> Any:  # Hydra has set up the job's logging when it calls this
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
+                handler.setLevel(logging.CRITICAL + 1)
+        return task(cfg)
+
+    return quiet_task
 
 
 @contextmanager
@@ -103,8 +115,8 @@ def ended_by_signals() -> Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, end)
     try:
         yield
@@ -123,6 +135,5 @@ def prepare_data(members: list[Member]) -> None:
 
 
 def fail(member: Member, error: str) -> None:
-    """Say that a member failed, and note it in its folder."""
-    log.error("%s: %s", member.folder.name, error)
+    """Note in a member's folder that it failed without a word of its own."""
     folder.write_failure(member.folder, member.tree, member.overrides, error)

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import HydraContext
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-from fmexp import garbage, results, sweep
+from fmexp import garbage, results
 from fmexp.members import Member, ended_by_signals, execute, fail, prepare_data
+from fmexp.progress import Progress
 from fmexp.stop import Stop
 
-log = logging.getLogger(__name__)
 
-
-def run(
-    members: list[Member], jobs: int, progress: sweep.Progress, hydra_context: HydraContext, *, fail_fast: bool
-) -> None:
+def run(members: list[Member], jobs: int, progress: Progress, hydra_context: HydraContext, *, fail_fast: bool) -> None:
     """Run members in `jobs` processes, each in an executor of its own: one that dies costs its member alone."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
@@ -45,14 +42,14 @@ def run(
                 executors[slot] = ProcessPoolExecutor(1, env=_environment(slot, jobs), initializer=_in_worker)
             progress.started(member.folder)
             try:
-                executors[slot].submit(_execute_in_worker, _quiet(member.cfg), hydra_context).result()
+                executors[slot].submit(_execute_in_worker, member.cfg, hydra_context).result()
             except BrokenProcessPool:
                 executors[slot] = None
                 if not halt.is_set():
                     fail(member, "its process was killed, or ran out of memory")
             except BaseException as error:  # SystemExit, when the member was told to stop
                 if not isinstance(error, SystemExit):
-                    log.error("%s: %s", member.folder.name, error)
+                    progress.say(f"{member.folder.name}: {error}", logging.ERROR)
             progress.ended(member.folder)
             if fail_fast and results.status(member.folder) == "failed":
                 halt.set()
@@ -100,13 +97,6 @@ def _in_worker() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _quiet(cfg: DictConfig) -> DictConfig:
-    """The same member, of whose log lines only warnings go to the console that all members share."""
-    with open_dict(cfg):
-        cfg.hydra.job_logging.handlers.console.level = "WARNING"
-    return cfg
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:

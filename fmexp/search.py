@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from fmexp import config, sweep
 from fmexp.errors import ConfigError, FmexpError
+from fmexp.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -85,24 +86,35 @@ class Search(Sweeper):
         _check_same_search(self.study, fixed)
         log.info("search in %s: %d of %d trials done", root / STORAGE, len(begun) - len(unfinished), self.n_trials)
         self.launcher.varied = list(space)
-        failures = 0
-        for batch in self._batches(unfinished, len(begun), space):
-            overrides = [[*fixed, *(f"{key}={_shown(trial.params[key])}" for key in space)] for trial in batch]
-            for trial, member in zip(batch, self.launcher.launch(overrides, batch[0].number), strict=True):
-                if member.status != JobStatus.COMPLETED:
-                    failures += 1
-                elif math.isnan(member.return_value):
-                    self.study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
-                else:
-                    self.study.tell(trial.number, member.return_value)
-            if failures and self.cfg.sweep.fail_fast:
-                break
+        self.launcher.progress = Progress(self.n_trials, self.cfg.objective)
+        ended = [member.folder for member in sweep.read(root) if member.status in ("complete", "diverged")]
+        self.launcher.progress.plan(ended, ())
+        with self.launcher.progress:
+            failures = self._run(self._batches(unfinished, len(begun), space), fixed, space)
         if failures:
             raise FmexpError(f"{failures} trials failed; the same command executes them again.")
         best: Any = self.study.best_trial
         with_ = ", ".join(f"{key}={_shown(value)}" for key, value in best.params.items())
         log.info("best of %d trials: %.4f with %s", self.n_trials, best.value, with_)
         return float(best.value)
+
+    def _run(self, batches: Iterator[list[Any]], fixed: Sequence[str], space: dict[str, Any]) -> int:
+        """Execute batches of trials and tell Optuna what came of them; returns how many failed."""
+        from optuna.trial import TrialState
+
+        failures = 0
+        for batch in batches:
+            overrides = [[*fixed, *(f"{key}={_shown(trial.params[key])}" for key in space)] for trial in batch]
+            for trial, member in zip(batch, self.launcher.launch(overrides, batch[0].number), strict=True):
+                if member.status != JobStatus.COMPLETED:
+                    failures += 1
+                elif math.isnan(member.return_value):
+                    self.study.tell(trial.number, state=TrialState.PRUNED)
+                else:
+                    self.study.tell(trial.number, member.return_value)
+            if failures and self.cfg.sweep.fail_fast:
+                break
+        return failures
 
     def _batches(self, unfinished: list[Any], count: int, space: dict[str, Any]) -> Iterator[list[Any]]:
         """Trials to execute together: first those that were begun, then new ones until there are n_trials in all."""

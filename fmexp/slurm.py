@@ -12,8 +12,9 @@ from typing import Any
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from fmexp import disk, garbage, results, sweep
+from fmexp import disk, garbage, results
 from fmexp.members import Member, ended_by_signals, execute, fail, prepare_data
+from fmexp.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def run(
     root: Path,
     members: list[Member],
     options: DictConfig,
-    progress: sweep.Progress,
+    progress: Progress,
     hydra_context: HydraContext,
     *,
     fail_fast: bool,
@@ -51,22 +52,24 @@ def run(
             disk.write(root / FOLDER / JOBS, json.dumps(jobs))
         ours = {jobs[member.folder.name] for member in members}
         numbers = ", ".join(sorted({job.split("_")[0] for job in ours}))
-        log.info("%d members submitted to Slurm, %d there already: job %s; what they print is in %s",
-                 len(new), len(members) - len(new), numbers, root / FOLDER)  # fmt: skip
+        progress.say(f"{len(new)} members submitted to Slurm, {len(members) - len(new)} there already: job {numbers}; "
+                     f"what they print is in {root / FOLDER}")  # fmt: skip
         try:
             while left := ours & _queue():
-                progress.show()
+                progress.look()
                 if fail_fast and any(results.status(m.folder) == "failed" for m in members):
                     subprocess.run(["scancel", "--state=PENDING", *left], check=False)
                 time.sleep(POLL_S)
         except BaseException:
-            log.warning("the jobs stay in Slurm, and the same command waits for them again; "
-                        "to end them: scancel %s", numbers.replace(",", ""))  # fmt: skip
+            progress.say("the jobs stay in Slurm, and the same command waits for them again; "
+                         f"to end them: scancel {numbers.replace(',', '')}", logging.WARNING)  # fmt: skip
             raise
-    progress.show()
+    progress.look()
     for member in members:
         if results.status(member.folder) == "interrupted" and not fail_fast:
             fail(member, f"its Slurm job {jobs[member.folder.name]} ended without a result (see {root / FOLDER})")
+        if progress.members[member.folder] == "":
+            progress.ended(member.folder)
 
 
 class SlurmJob:
@@ -78,7 +81,7 @@ class SlurmJob:
     def __call__(self, cfg: DictConfig, hydra_context: HydraContext) -> None:
         sys.argv = self.command
         os.environ["TQDM_DISABLE"] = "1"
-        execute(cfg, hydra_context)
+        execute(cfg, hydra_context, console=True)
 
     def checkpoint(self, *arguments: Any) -> Any:
         import submitit

@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,10 @@ from fmexp import config, disk, folder, results
 log = logging.getLogger(__name__)
 
 SHOWN = 100  # how many members the console's table has at most
+SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
+# What remains longest in a narrow terminal, after the objective; other metrics go first.
+FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2, "test/accuracy/best": 3}
+WRITTEN = ("sweep.csv", "replicates.csv", "sweep.png", "sweep.svg")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def read(root: str | Path) -> list[Member]:
     """The members of a sweep, in the order of their numbers."""
     root = Path(root)
     members = [_read_member(path) for path in _folders(root)]
-    return sorted(members, key=lambda member: _number(member.folder))
+    return sorted(members, key=lambda member: number(member.folder))
 
 
 def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
@@ -63,7 +68,7 @@ def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
 def by_digest(root: Path) -> dict[str, list[Path]]:
     """The member folders that a sweep's folder holds, by their configuration's digest."""
     found = defaultdict(list)
-    for path in sorted(_folders(root), key=_number):
+    for path in sorted(_folders(root), key=number):
         try:
             found[folder.digest(path)].append(path)
         except Exception as error:  # whatever a damaged file makes a YAML reader raise
@@ -120,50 +125,6 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     _write_events(root, [summary])
 
 
-class Progress:
-    """One line for a sweep: how many members are done, failed and running, and the best so far."""
-
-    def __init__(self, members: Sequence[Path], todo: set[Path], objective: str) -> None:
-        self.total, self.objective, self.last = len(members), objective, ""
-        self.ended_members = [_read_member(path) for path in members if path not in todo]
-        self.left, self.running = set(todo), set[Path]()
-
-    def started(self, path: Path) -> None:
-        self.running.add(path)
-        self.say()
-
-    def ended(self, path: Path) -> None:
-        self.running.discard(path)
-        self._read(path)
-        self.say()
-
-    def show(self) -> None:
-        """Say what the folders of members have that other machines execute."""
-        states = {path: results.status(path) for path in self.left if folder.holds_run(path)}
-        self.running = {path for path, state in states.items() if state == "running"}
-        for path, state in states.items():
-            if state in ("complete", "diverged"):
-                self._read(path)
-        self.say()
-
-    def _read(self, path: Path) -> None:
-        if folder.holds_run(path):
-            self.left.discard(path)
-            self.ended_members.append(_read_member(path))
-
-    def say(self) -> None:
-        members = self.ended_members
-        done = sum(member.status in ("complete", "diverged") for member in members)
-        failed = sum(member.status == "failed" for member in members)
-        line = f"sweep: {done} of {self.total} members done, {failed} failed, {len(self.running)} running"
-        best = [member for member in ranked(members, self.objective) if not math.isnan(member.objective)]
-        if best:
-            line += f"; best {best[0].objective:.4f} ({best[0].folder.name})"
-        if line != self.last:
-            log.info(line)
-            self.last = line
-
-
 def objective_of(root: Path) -> str:
     """The name of the metric that a sweep compares."""
     for path in _folders(root):
@@ -182,36 +143,67 @@ def ranked(members: Sequence[Member], objective: str) -> list[Member]:
     return sorted(members, key=lambda m: (1, 0.0) if math.isnan(m.objective) else (0, sign * m.objective))
 
 
-def table(root: Path, members: Sequence[Member]) -> list[list[str]]:
-    """Rows of text, the first the heads: varied keys, metrics, status, seconds, folder."""
-    varied = varied_keys([[f"{k}={v}" for k, v in member.overrides.items()] for member in members])
+def table(root: Path, members: Sequence[Member], digits: int | None = 4) -> list[list[str]]:
+    """Rows of text, the first the heads: varied keys, metrics, status, seconds, folder.
+
+    Numbers are in full without `digits`.
+    """
+    varied = varied_keys(_words(members))
     metrics = list(dict.fromkeys(name for member in members for name in member.metrics if name != "seconds"))
     rows = [[*varied, *metrics, "status", "seconds", "folder"]]
     for member in ranked(members, objective_of(root)):
-        values = [f"{member.metrics[name]:.4f}" if name in member.metrics else "" for name in metrics]
+        values = [_shown(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
         keys = [member.overrides.get(key, "") for key in varied]
-        rows.append([*keys, *values, member.status, f"{member.seconds:.1f}", member.folder.name])
+        seconds = _shown(member.seconds, digits and 1)
+        rows.append([*keys, *values, member.status, seconds, member.folder.name])
     return rows
 
 
-def replicates(root: Path, members: Sequence[Member]) -> list[list[str]]:
-    """Members that differ in their seed alone, together: n, mean and spread (standard deviation) of the objective."""
-    varied = [
-        key for key in varied_keys([[f"{k}={v}" for k, v in m.overrides.items()] for m in members]) if key != "seed"
-    ]
+def combinations(members: Sequence[Member]) -> tuple[list[str], dict[tuple[str, ...], list[Member]]]:
+    """The varied keys without the seed, and the members with an objective by their values of these."""
+    varied = [key for key in varied_keys(_words(members)) if key != "seed"]
     groups = defaultdict(list)
     for member in members:
-        if "seed" in member.overrides and not math.isnan(member.objective):
-            groups[tuple(member.overrides.get(key, "") for key in varied)].append(member.objective)
-    if not any(len(values) > 1 for values in groups.values()):
+        if not math.isnan(member.objective):
+            groups[tuple(member.overrides.get(key, "") for key in varied)].append(member)
+    return varied, dict(groups)
+
+
+def replicates(root: Path, members: Sequence[Member], digits: int | None = 4) -> list[list[str]]:
+    """Members that differ in their seed alone, together: n, mean and spread (standard deviation) of the objective.
+
+    Without heads, too, where no two do. Numbers are in full without `digits`.
+    """
+    varied, groups = combinations(members)
+    if all(len(group) == 1 for group in groups.values()):
         return []
     name = objective_of(root)
     rows = [[*varied, "n", f"mean {name}", "spread"]]
-    best_first = sorted(groups.items(), key=lambda item: statistics.mean(item[1]), reverse=maximised(name))
+    found = {keys: [member.objective for member in group] for keys, group in groups.items()}
+    best_first = sorted(found.items(), key=lambda item: statistics.mean(item[1]), reverse=maximised(name))
     for keys, values in best_first:
-        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        rows.append([*keys, str(len(values)), f"{statistics.mean(values):.4f}", spread])
+        spread = _shown(statistics.stdev(values), digits) if len(values) > 1 else ""
+        rows.append([*keys, str(len(values)), _shown(statistics.mean(values), digits), spread])
     return rows
+
+
+def fitted(rows: list[list[str]], width: int, objective: str) -> tuple[list[list[str]], list[str]]:
+    """A table of `table` that is at most `width` letters wide, where that can be had, and the columns that it lost.
+
+    First the folder's name is shortened, which begins with its number; then metrics go, the objective last.
+    """
+    rows = [list(row) for row in rows]
+    shortest = min(max(len(row[-1]) for row in rows), SHORTEST_FOLDER)
+    metrics = [name for name in rows[0][:-3] if "/" in name and name != objective]
+    lost = []
+    for name in sorted(metrics, key=lambda name: (name not in FIRST_METRICS, FIRST_METRICS.get(name, 0)), reverse=True):
+        if _width(rows) - max(len(row[-1]) for row in rows) + shortest <= width:
+            break
+        at = rows[0].index(name)
+        rows = [row[:at] + row[at + 1 :] for row in rows]
+        lost.append(name)
+    room = max(shortest, width - (_width(rows) - max(len(row[-1]) for row in rows)))
+    return [[*row[:-1], row[-1] if len(row[-1]) <= room else f"{row[-1][: room - 1]}…"] for row in rows], lost
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -221,26 +213,60 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def conclude(root: Path) -> str:
-    """Write sweep.csv, sweep.png and the run `summary`, and return the table with what to say below it."""
+def conclude(root: Path, not_begun: int = 0) -> str:
+    """Write the tables, the pictures and the run `summary`, and return the table with what to say below it.
+
+    Args:
+        not_begun: how many members the command has beside those that have a folder.
+    """
+    members = read(root)
+    if not members:
+        return f"{root}: no members" + (f", {not_begun} not begun" if not_begun else "")
+    from fmexp import sweep_figure
+
+    groups = replicates(root, members)
+    disk.write(root / "sweep.csv", _csv(table(root, members, digits=None)))
+    if groups:
+        disk.write(root / "replicates.csv", _csv(replicates(root, members, digits=None)))
+    picture, drawing = sweep_figure.render(root, members)
+    disk.write(root / "sweep.png", picture)
+    disk.write(root / "sweep.svg", drawing)
+    rows = table(root, members)
+    _write_summary(root, rows, picture)
+    counts: dict[str, int] = defaultdict(int)
+    for member in members:
+        counts[member.status] += 1
+    if not_begun:
+        counts["not begun"] = not_begun
+    failures = [
+        f"failed: {member.folder.name}: {(member.error.splitlines() or [''])[0]} (more in its fmexp.log)"
+        for member in members
+        if member.status == "failed"
+    ]
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    files = ", ".join(name for name in WRITTEN if (root / name).is_file())
+    return "\n".join(
+        [*_printed(root, rows, groups), "", *failures, f"{sum(counts.values())} members: {said}",
+         f"written to {root} ({files})"]
+    )  # fmt: skip
+
+
+def _printed(root: Path, rows: list[list[str]], groups: list[list[str]]) -> list[str]:
+    """The tables as the console has them: in a terminal not wider than that."""
+    shown, lines = rows[: SHOWN + 1], []
+    if sys.stdout.isatty():
+        shown, lost = fitted(shown, shutil.get_terminal_size().columns, objective_of(root))
+        lines = [f"not shown: {', '.join(lost)} (all in sweep.csv)"] if lost else []
+    if len(rows) > SHOWN + 1:
+        lines.append(f"... and {len(rows) - SHOWN - 1} more in sweep.csv")
+    return [aligned(shown), *lines, *(["", aligned(groups)] if groups else [])]
+
+
+def _write_summary(root: Path, rows: list[list[str]], picture: bytes) -> None:
+    """Write the run `summary`: the picture and the table, for TensorBoard."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.text import metadata as text
 
-    members = read(root)
-    if not members:
-        return f"{root}: no members"
-    rows = table(root, members)
-    content = io.StringIO()
-    csv.writer(content).writerows(rows)
-    disk.write(root / "sweep.csv", content.getvalue())
-    picture = _picture(root, members)
-    disk.write(root / "sweep.png", picture)
-    lines = [aligned(rows[: SHOWN + 1])]
-    if len(rows) > SHOWN + 1:
-        lines.append(f"... and {len(rows) - SHOWN - 1} more in sweep.csv")
-    if groups := replicates(root, members):
-        lines += ["", aligned(groups)]
-    written = "\n".join(lines)
     heads = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
     markdown = "\n".join([heads, *("| " + " | ".join(row) + " |" for row in rows[1:])])
     image = Summary.Image(encoded_image_string=picture, height=0, width=0, colorspace=4)
@@ -248,73 +274,33 @@ def conclude(root: Path) -> str:
     words.value[0].tensor.dtype = 7  # a string
     words.value[0].tensor.string_val.append(markdown.encode())
     _write_events(root / "summary", [Summary(value=[Summary.Value(tag="sweep", image=image)]), words])
-    counts: dict[str, int] = defaultdict(int)
-    for member in members:
-        counts[member.status] += 1
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
-    failures = [
-        f"failed: {member.folder.name}: {(member.error.splitlines() or [''])[0]} (more in its fmexp.log)"
-        for member in members
-        if member.status == "failed"
-    ]
-    return "\n".join(
-        [written, "", *failures, f"{len(members)} members: {said}", f"written to {root} (sweep.csv, sweep.png)"]
-    )
 
 
-def _picture(root: Path, members: Sequence[Member]) -> bytes:
-    """A PNG: the objective against each varied key, and the learning curves of all members."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    objective = objective_of(root)
-    varied = varied_keys([[f"{k}={v}" for k, v in member.overrides.items()] for member in members])[:5]
-    figure = Figure(figsize=(4.5 * (len(varied) + 1), 4), layout="constrained")
-    axes = figure.subplots(1, len(varied) + 1, squeeze=False)[0]
-    scored = [member for member in members if not math.isnan(member.objective)]
-    for axis, key in zip(axes, varied, strict=False):
-        _against(axis, [member.overrides.get(key, "") for member in scored], [member.objective for member in scored])
-        axis.set_xlabel(key)
-        axis.set_ylabel(objective)
-    for member in ranked(scored, objective)[:20]:
-        tag = str(OmegaConf.load(member.folder / folder.CONFIG).train.tag)
-        points = member.scalars.get(tag, [])
-        axes[-1].plot([step for step, _ in points], [loss for _, loss in points], label=member.folder.name[:30])
-    axes[-1].set_xlabel("step")
-    axes[-1].set_ylabel("running training loss")
-    if scored:
-        axes[-1].legend(fontsize=6)
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
+def _csv(rows: Sequence[Sequence[str]]) -> str:
+    content = io.StringIO()
+    csv.writer(content).writerows(rows)
     return content.getvalue()
 
 
-def _against(axis: Any, values: list[str], objectives: list[float]) -> None:
-    """Plot objectives against values: on a scale where they are numbers, else side by side."""
-    numbers = [_as_number(value)[0] for value in values]
-    if values and all(map(math.isfinite, numbers)):
-        axis.plot(numbers, objectives, "o", alpha=0.6)
-        if min(numbers) > 0 and max(numbers) >= 20 * min(numbers):
-            axis.set_xscale("log")
-        return
-    names = sorted(set(values), key=_as_number)
-    axis.plot([names.index(value) for value in values], objectives, "o", alpha=0.6)
-    shown = names[:: math.ceil(len(names) / 20) or 1]
-    axis.set_xticks([names.index(name) for name in shown], [name[:20] for name in shown], rotation=30)
+def _shown(value: float, digits: int | None) -> str:
+    """A number with `digits` behind the point, or with all that it has."""
+    return repr(value) if digits is None else f"{value:.{digits}f}"
 
 
-def _as_number(value: str) -> tuple[float, str]:
-    try:
-        return float(value), value
-    except ValueError:
-        return math.inf, value
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    return max(map(len, aligned(rows).splitlines()))
+
+
+def _words(members: Iterable[Member]) -> list[list[str]]:
+    return [[f"{key}={value}" for key, value in member.overrides.items()] for member in members]
 
 
 def _folders(root: Path) -> list[Path]:
     return [path for path in root.glob("*") if folder.holds_run(path)]
 
 
-def _number(path: Path) -> tuple[int, str]:
+def number(path: Path) -> tuple[int, str]:
+    """What the folders of members are sorted by: their number, and their name."""
     head = path.name.split("_")[0]
     return int(head) if head.isdigit() else -1, path.name
 

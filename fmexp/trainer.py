@@ -1,6 +1,7 @@
 """Trains a run: one loop, what is logged on the way, and the state from which it goes on bit for bit after a stop."""
 
 import logging
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -69,8 +70,10 @@ class Trainer:
         """
         run, seed = self.run, self.run.cfg.seed
         step = self.step = build_step(run)
+        # tqdm asks its variable by itself only at its import, and not where `disable` is given; None: not on a terminal.
+        hidden = True if os.environ.get("TQDM_DISABLE") else None
         with tqdm(
-            total=self.total_steps, initial=run.step, unit=" batches", disable=None, leave=False, dynamic_ncols=True
+            total=self.total_steps, initial=run.step, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True
         ) as bar:
             while run.step < self.total_steps:
                 order = datasets.order(seed, run.epoch, datasets.length(run.dataset.train))

@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -180,3 +184,40 @@ def hparams(ask: Callable[..., Any], rows: int, tag: str = "test/accuracy") -> d
         metrics = {m["name"]["tag"]: m["value"] for m in session.get("metricValues", [])}
         found[session["name"]] = {"status": session["status"], "settings": group["hparams"], "metrics": metrics}
     return found
+
+
+def fabricate(
+    root: Path,
+    number: int,
+    overrides: dict[str, Any],
+    objective: float | None,
+    curve: Sequence[tuple[int, float]] = (),
+    status: str = "complete",
+    **metrics: float,
+) -> Path:
+    """Write the folder of a member that was never trained: configuration, result, and a curve of train/loss."""
+    slug = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in overrides.items())
+    path = root / f"{number}_{slug}"
+    (path / ".hydra").mkdir(parents=True)
+    tree = {"seed": 0, "objective": "test/accuracy", "train": {"tag": "train/loss"}}
+    for group, name in (("dataset", "fmexp.datasets.fashion_mnist"), ("model", "fmexp.models.LeNet"),
+                        ("optimizer", "torch.optim.SGD")):  # fmt: skip
+        tree[group] = {"_target_": name}
+    (path / ".hydra" / "config.yaml").write_text(json.dumps(tree))
+    (path / ".hydra" / "overrides.yaml").write_text(json.dumps([f"{k}={v}" for k, v in overrides.items()]))
+    found = {"test/accuracy": objective, **{name.replace("__", "/"): value for name, value in metrics.items()}}
+    content = {
+        "status": status,
+        "objective": objective,
+        "metrics": found,
+        "seconds": 1.25,
+        "config_digest": str(number),
+    }
+    (path / "result.json").write_text(json.dumps(content))
+    if curve:
+        writer = EventFileWriter(str(path))
+        for step, loss in curve:
+            summary = Summary(value=[Summary.Value(tag="train/loss", simple_value=loss)])
+            writer.add_event(Event(wall_time=0.0, step=step, summary=summary))
+        writer.close()
+    return path
