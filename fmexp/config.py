@@ -4,6 +4,7 @@ Hydra checks names and types against these dataclasses while it composes (comman
 adds the ranges that a type cannot express. Nothing here imports torch, so that `--help` and `--cfg job` are instant.
 """
 
+import difflib
 import hashlib
 import json
 import math
@@ -245,11 +246,14 @@ def compose(
 
     own = [f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()}]"] if config_dir is not None else []
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="fmexp"):
-        return hydra_compose("config", overrides=[*overrides, *own])
+        cfg = hydra_compose("config", overrides=[*overrides, *own])
+    _check_keys(cfg)
+    return cfg
 
 
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming key and value, for what Hydra's types let through."""
+    _check_keys(cfg)
     try:
         for group in ("dataset", "model", "optimizer", "logging"):
             _check_target(group, cfg[group])
@@ -267,7 +271,57 @@ def check(cfg: DictConfig) -> None:
             f"{error.full_key}=??? is left open: give it a value in its YAML file, or with {error.full_key}=<value>."
         ) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(wrong_value(error)) from error
+
+
+def closed(schema: type = Config, key: str = "") -> dict[str, list[str]]:
+    """The parts of a configuration that have the keys of their schema and no others, with these: the root is "".
+
+    Hydra adds whatever is written with a plus. In these parts nothing would read it.
+    """
+    parts = {key: [f.name for f in fields(schema)]}
+    for f in fields(schema):
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            parts.update(closed(f.type, f"{key}.{f.name}".lstrip(".")))
+    return parts
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    for part, names in closed().items():
+        node = OmegaConf.select(cfg, part) if part else cfg
+        for name in map(str, node):
+            key = f"{part}.{name}".lstrip(".")
+            if name not in names and not re.search(rf"\$\{{\.*{re.escape(key)}\b", OmegaConf.to_yaml(cfg)):
+                raise ConfigError(no_key(part, name, node))
+
+
+def no_key(part: str, name: str, node: DictConfig) -> str:
+    """The message for a key that a part of the configuration, `node`, does not have: what was meant, what there is."""
+    names = closed().get(part) or [str(other) for other in node if other not in ("_target_", "hydra")]
+    groups = [other for other in names if not part and (conf_dir() / other).is_dir()]
+    groups += [] if part else ["experiment"]  # of which nothing remains in the configuration
+    below = flat(OmegaConf.to_container(node, throw_on_missing=False))  # type: ignore[arg-type]
+    same = [key for key in below if key.rpartition(".")[2] == name != key and not key.startswith("hydra.")]
+    prefix = f"{part}." if part else ""
+    close = [prefix + other for other in same or difflib.get_close_matches(name, [*names, *groups], n=3)]
+    meant = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    if part:
+        return f"There is no key {prefix}{name}.{meant}\n{part} has {', '.join(names) or 'no keys'}."
+    others = ", ".join(other for other in names if other not in groups)
+    return f"There is no key and no group {name}.{meant}\nThe groups are {', '.join(groups)}; the keys are {others}."
+
+
+def wrong_value(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says of a value, with its key, in a line."""
+    said = str(error).splitlines()[0]
+    if not (found := re.search(r"Value '(.*)' of type '\w+' could not be converted to Integer", said)):
+        return f"{error.full_key}: {said}" if error.full_key else said
+    try:
+        number = math.ceil(float(found[1]))
+        write = f": write {error.full_key}={number}" if number == float(found[1]) else f", such as {number}"
+    except (ValueError, OverflowError):  # no number, nan or inf
+        write = ", such as 1"
+    return f"{error.full_key}={found[1]} must be a whole number{write}."
 
 
 def _check_target(key: str, node: Any) -> None:
@@ -303,11 +357,11 @@ def _limited_values(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any, d
     for name in node:
         if OmegaConf.is_missing(node, name):
             continue
-        value, key = node[name], f"{prefix}{name!s}"
-        if isinstance(value, DictConfig):
+        value, key, limit = node[name], f"{prefix}{name!s}", limits.get(str(name), {})
+        if isinstance(value, DictConfig) and not limit:
             yield from _limited_values(value, f"{key}.")
         elif value is not None:
-            yield key, value, limits.get(str(name), {})
+            yield key, value, limit
 
 
 def _outside(value: Any, limits: dict[str, Any]) -> str | None:

@@ -95,7 +95,7 @@ class Launcher(HydraLauncher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         root = Path(str(self.config.hydra.sweep.dir)).absolute()
-        members = self._plan(root, job_overrides, initial_job_idx)
+        members = self.plan(root, job_overrides, initial_job_idx)
         if self.config.sweep.dry_run:
             print(_plan_table(members))
             raise SystemExit(0)
@@ -127,7 +127,8 @@ class Launcher(HydraLauncher):
         else:
             self._one_after_another(members, progress, fail_fast=fail_fast)
 
-    def _plan(self, root: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[Member]:
+    def plan(self, root: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[Member]:
+        """Compose and check members, and find what is to be done for each; nothing is written."""
         found = sweep.by_digest(root)
         varied = self.varied or sweep.varied_keys(job_overrides)
         composer = Composer(self.hydra_context.config_loader, self.config)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -55,6 +55,8 @@ def message(error: Exception) -> str:
         return of_word(error)
     if isinstance(error, CompactHydraException) and isinstance(cause, OmegaConfBaseException):
         where, _, hint = str(error).removesuffix(str(cause)).strip().partition("\n")
+        if _key(cause)[0] in config.closed():
+            hint = ""  # Hydra's "To append to your config use +" is no way to a key that is not in the schema
         return "\n".join(filter(None, (where, of_config(cause), hint)))
     if isinstance(error, CompactHydraException) or _is_of_hydra(error):
         return str(error)
@@ -70,23 +72,17 @@ def message(error: Exception) -> str:
 
 def of_config(error: OmegaConfBaseException) -> str:
     """What is wrong with a key or its value, in a line, and which keys there are where one does not exist."""
-    what = str(error).splitlines()[0]
     if not isinstance(error, ConfigKeyError | ConfigAttributeError) or not isinstance(error.parent_node, DictConfig):
-        return f"{error.full_key}: {what}" if error.full_key else what
-    key, parent = str(error.key), str(error.full_key or error.key).rpartition(".")[0]
-    if key == "True":
-        return f'{parent}: write "on" in quotes in its YAML file, for YAML reads a bare on as true.'
-    names = [name for name in map(str, error.parent_node) if name not in ("_target_", "hydra")]
-    if "dataset" in names:
-        names.append("experiment")  # a group of which nothing remains in the configuration
-    below = config.flat(OmegaConf.to_container(error.parent_node, throw_on_missing=False))  # type: ignore[arg-type]
-    close = [name for name in below if name.rpartition(".")[2] == key and not name.startswith("hydra.")]
-    close = close or difflib.get_close_matches(key, names, n=3)
-    prefix = f"{parent}." if parent else ""
-    meant = _meant([prefix + name for name in close])
-    return (
-        f"There is no key {prefix}{key}.{meant}\n{parent or 'The configuration'} has {', '.join(names) or 'no keys'}."
-    )
+        return config.wrong_value(error)
+    part, name = _key(error)
+    if name == "True":
+        return f'{part}: write "on" in quotes in its YAML file, for YAML reads a bare on as true.'
+    return config.no_key(part, name, error.parent_node)
+
+
+def _key(error: OmegaConfBaseException) -> tuple[str, str]:
+    """The key that does not exist: the part of the configuration in which it was looked for, "" for the root."""
+    return str(error.full_key or error.key).rpartition(".")[0], str(error.key)
 
 
 def of_option(error: MissingConfigException) -> str:

@@ -15,7 +15,7 @@ import hydra.utils
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus, configure_log
+from hydra.core.utils import JobStatus, configure_log, setup_globals
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -69,6 +69,8 @@ class Search(Sweeper):
         if not space:
             raise ConfigError('hydra/sweeper=optuna has nothing to search, such as "optimizer.lr=interval(0.001,0.1)".')
         root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
+        setup_globals()
+        self.launcher.plan(root, [[*fixed, *_first(space)]], 0)  # refuses mistakes before a file is made
         if self.cfg.sweep.dry_run and not (root / STORAGE).exists():
             _say_and_leave(0, 0, self.n_trials)
         root.mkdir(parents=True, exist_ok=True)
@@ -150,6 +152,11 @@ def _distribution(word: Override) -> Any:
     assert low is not None
     assert high is not None
     return FloatDistribution(low, high, log="log" in value.tags)
+
+
+def _first(space: dict[str, Any]) -> list[str]:
+    """Overrides with a value of each key that is searched."""
+    return [f"{key}={_shown(d.choices[0] if hasattr(d, 'choices') else d.low)}" for key, d in space.items()]
 
 
 def _shown(value: Any) -> str:

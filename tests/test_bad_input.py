@@ -33,6 +33,7 @@ OWN_CONF = {
     "experiment/halves": "# @package _global_\ntrain: {epochs: 2.5}\n",
     "experiment/none": "# @package _global_\ntrain: {batch_size: 0}\n",
     "experiment/epochz": "# @package _global_\ntrain: {epochz: 3}\n",
+    "experiment/focal": "# @package _global_\nloss: focal\n",
     "experiment/elsewhere": "# @package _global_\ndefaults:\n  - override /optimizer: adamm\n",
     "model/three": "_target_: wrong.Three\n",
     "model/function": "_target_: wrong.no_model\n",
@@ -98,14 +99,24 @@ COMPOSED = [
     bad("model=lennet", "model/lennet", "Did you mean model=lenet?", "The options of model are ", "lenet, mlp"),
     bad("+stage=mine", "stage/mine", "pr_curves, predictions, projector"),
     bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, momentum, ", "+optimizer.lrr=0.1"),
-    bad("optimizr=adam", "There is no key optimizr. Did you mean optimizer?", "dataset, model, opt", "experiment"),
-    bad("lr=0.1", "There is no key lr. Did you mean optimizer.lr?"),
+    bad("optimizr=adam", "There is no key and no group optimizr. Did you mean optimizer?", "dataset, model, opt",
+        "stage, experiment; the keys are seed, device, objective, resume, train"),
+    bad("lr=0.1", "There is no key and no group lr. Did you mean optimizer.lr?"),
     bad("stage.pr_curvs.on=end", "There is no key stage.pr_curvs. Did you mean stage.pr_curves?"),
     bad("optimizer.lr=fast", "optimizer.lr=fast", "could not be converted to Float"),
     bad("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0.0"),
     bad("optimizer.lr=nan", "optimizer.lr=nan must be a finite number"),
     bad("train.batch_size=0", "train.batch_size=0 must be at least 1"),
-    bad("train.epochs=2.5", "train.epochs=2.5", "could not be converted to Integer"),
+    bad("train.epochs=2.5", "train.epochs=2.5 must be a whole number, such as 3."),
+    bad("train.epochs=1e1", "train.epochs=10.0 must be a whole number: write train.epochs=10."),
+    bad("train.batch_size=8.0", "train.batch_size=8.0 must be a whole number: write train.batch_size=8."),
+    bad("train.max_steps=1e3", "train.max_steps=1000.0 must be a whole number: write train.max_steps=1000."),
+    bad("train.max_steps=ten", "train.max_steps=ten must be a whole number, such as 1."),
+    bad("train.max_steps=inf", "train.max_steps=inf must be a whole number, such as 1."),
+    bad("seed=1.5", "seed=1.5 must be a whole number, such as 2."),
+    bad("model=mlp model.hidden=[64,32.0]", "model.hidden[1]=32.0 must be a whole number: write model.hidden[1]=32."),
+    bad("train.epochs=${optimizer.lr}", "train.epochs=0.001 must be a whole number, such as 1."),
+    bad("--multirun train.epochs=2,1e1", "train.epochs=10.0 must be a whole number: write train.epochs=10."),
     bad("train.max_steps=0", "train.max_steps=0 must be at least 1"),
     bad("logging.max_queue=0", "logging.max_queue=0 must be at least 1"),
     bad("seed=-1", "seed=-1 must be at least 0"),
@@ -114,6 +125,20 @@ COMPOSED = [
     bad("stage.projector.on=noon", "stage.projector.on", "'noon'", "[start, log, epoch, end]"),
     bad("stage.image_grid.layout=grill", "stage.image_grid.layout=grill must be one of grid, images"),
     bad("--multirun seed=0,-1", "seed=-1 must be at least 0"),
+    # Keys that nothing reads: Hydra takes them with a plus.
+    bad("+train.label_smoothing=0.1", "There is no key train.label_smoothing.\ntrain has epochs, batch_size"),
+    bad("++train.epoch=3", "There is no key train.epoch. Did you mean train.epochs?"),
+    bad("+train.compile.mode=max", "train.compile={'mode': 'max'} must be one of auto, true, false"),
+    bad("+sweep.dryrun=true", "There is no key sweep.dryrun. Did you mean sweep.dry_run?"),
+    bad("+loss=focal", "There is no key and no group loss.\nThe groups are dataset, model", "experiment; the keys are"),
+    bad("+bf16=true", "There is no key and no group bf16.\n"),
+    bad("+trian.epochs=3", "There is no key and no group trian. Did you mean train?"),
+    bad("+lr=0.1", "There is no key and no group lr. Did you mean optimizer.lr?"),
+    bad("experiment=focal", "experiment/focal", "There is no key and no group loss.\nThe groups are dataset"),
+    bad("--multirun +train.grad_clip=1,2", "There is no key train.grad_clip.\ntrain has"),
+    bad("--multirun +bf16=true seed=1,2", "There is no key and no group bf16.\n"),
+    bad("--multirun hydra/sweeper=optuna +bf16=true seed=interval(1,9)", "There is no key and no group bf16.\n"),
+    bad("--multirun hydra/sweeper=optuna +trian.epochs=interval(1,9)", "There is no key and no group trian."),
     bad("--cfg=job --info=all", "Only one of", "--cfg, --info"),
     bad("--help model=lennet", "model/lennet", "Did you mean model=lenet?"),
     bad("optimizer=typo", "optimizer/typo", "There is no key optimizer.lrr. Did you mean optimizer.lr?"),
@@ -124,7 +149,7 @@ COMPOSED = [
     bad("optimizer=steered +minus=-1", "optimizer.lr=-1.0 must be at least 0.0"),
     bad("optimizer=untargeted", "optimizer={'lr': 0.1} must be a mapping with _target_"),
     bad("optimizer=broken", "This is not YAML", "broken.yaml", "line 2"),
-    bad("experiment=halves", "experiment/halves", "train.epochs: Value '2.5'", "could not be converted to Integer"),
+    bad("experiment=halves", "experiment/halves", "train.epochs=2.5 must be a whole number, such as 3."),
     bad("experiment=none", "train.batch_size=0 must be at least 1"),
     bad("experiment=epochz", "experiment/epochz", "There is no key train.epochz. Did you mean train.epochs?"),
     bad("experiment=elsewhere", "optimizer/adamm", "Did you mean optimizer=adam"),
@@ -214,6 +239,14 @@ def assert_nothing_in(folder: Path) -> None:
 def test_mistake_in_the_configuration(case: Case, own: Path, here: Path) -> None:
     assert_refused(call("--config-dir", str(own / "conf"), *case.words, cwd=here), case.says)
     assert_nothing_in(here)
+
+
+@pytest.mark.parametrize("word", ["lr=0.1", "train.epochz=3", "sweep.foo=1", "trian.epochs=3"])
+def test_no_plus_is_recommended_where_nothing_reads_what_it_adds(word: str, here: Path) -> None:
+    done = call(word, cwd=here)
+    assert_refused(done, (f"Could not override '{word.partition('=')[0]}'", "There is no key"))
+    assert "+" not in done.err
+    assert "To append to your config use +hydra.foo=1" in call("hydra.foo=1", cwd=here).err
 
 
 @pytest.mark.parametrize("case", BUILT, ids=str)
@@ -393,7 +426,7 @@ def test_folders_that_held_something_stay(here: Path) -> None:
         bad("model=lennet", "Did you mean model=lenet?"),
         bad("optimizer.lrr=0.1", "Did you mean optimizer.lr?"),
         bad("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0.0"),
-        bad("train.epochs=2.5", "could not be converted to Integer"),
+        bad("train.epochs=1e1", "train.epochs=10.0 must be a whole number: write train.epochs=10."),
         bad("dataset.root=none dataset.download=false", "none/FashionMNIST/raw", FILES, "dataset=synthetic needs no"),
     ],
     ids=str,

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 import fmexp.launcher  # registers what recipes choose of hydra/sweeper
 from fmexp import compose, config, datasets, execute
 from fmexp.config import SCHEMAS, Config, Moment, conf_dir
+from fmexp.errors import ConfigError
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 GROUPS: dict[str, list[str]] = {
@@ -187,6 +188,31 @@ def test_a_key_that_does_not_exist_is_refused(group: str, name: str) -> None:
     choice = [] if group == "stage" else [f"{group}={name}"]
     with pytest.raises(Exception, match="unheard_of"):
         compose([*choice, f"{key}.unheard_of=1"])
+
+
+@pytest.mark.parametrize("part", ["", "train.", "sweep."])
+def test_a_key_that_nothing_reads_is_refused(part: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"There is no key .*unheard_of\.\n(The groups are|{part[:-1]} has) "):
+        compose([f"+{part}unheard_of=1"])
+    cfg = compose(["dataset=synthetic"])
+    OmegaConf.update(cfg, f"{part}unheard_of", 1, force_add=True)
+    with pytest.raises(ConfigError, match="unheard_of"):
+        execute(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_part_takes_and_what_another_value_reads_is_free() -> None:
+    words = ("+optimizer.maximize=true", "+stage.mine._target_=builtins.print", "+stage.mine.on=end", "+rate=0.5")
+    cfg = compose([*words, "optimizer.lr=${rate}", "+train.mine=3", "train.epochs=${train.mine}"])
+    config.check(cfg)
+    assert (cfg.optimizer.maximize, cfg.optimizer.lr, cfg.train.epochs) == (True, 0.5, 3)
+
+
+def test_every_part_whose_keys_are_fixed_is_a_dataclass() -> None:
+    parts = {"": Config, "train": config.Train, "sweep": config.Sweep}
+    assert parts.keys() <= config.closed().keys()
+    for part, schema in parts.items():
+        assert config.closed()[part] == [field.name for field in dataclasses.fields(schema)]
 
 
 def test_every_schema_is_used() -> None:
