@@ -93,7 +93,7 @@ def read(folder_of_run: str | Path) -> Result:
     if not folder.holds_run(path):
         problem = f"has no {folder.CONFIG}" if path.is_dir() else "is no folder"
         raise FmexpError(
-            f"{path} holds no run: it {problem}. Name the folder of one run, such as runs/<date>/<time>; "
+            f"{path.absolute()} holds no run: it {problem}. Name the folder of one run, such as runs/<date>/<time>; "
             "fmexp.sweep.read reads the members of a sweep."
         )
     word, content = _status(path)
