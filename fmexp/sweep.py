@@ -44,7 +44,7 @@ class Member(results.Result):
 
 def read(root: str | Path) -> list[Member]:
     """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""
-    members = []
+    members: list[Member] = []
     for path in sorted(_folders(Path(root)), key=_number):
         try:
             if not members:
@@ -338,8 +338,8 @@ def _is_free(path: Path) -> bool:
 def _read_member(path: Path) -> Member:
     result = results.read(path)
     file = path / ".hydra" / "overrides.yaml"
-    overrides = OmegaConf.load(file) if file.is_file() else []  # fmexp.execute writes none
-    return Member(**vars(result), overrides=split([str(word) for word in overrides]))
+    words = list(OmegaConf.load(file)) if file.is_file() else []  # fmexp.execute writes none
+    return Member(**vars(result), overrides=split([str(word) for word in words]))
 
 
 def split(overrides: Sequence[str]) -> dict[str, str]:
