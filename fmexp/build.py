@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hydra.utils
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from fmexp import backend, datasets, randomness
 from fmexp.engine import evaluation
 from fmexp.engine.optim import build_optimizer
-from fmexp.errors import ConfigError, FmexpError
+from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, total_steps
 
 
@@ -69,13 +70,16 @@ def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = 
     if isinstance(cause, FmexpError):
         return cause
     target, said = f"{key}._target_={node._target_}", str(cause) or type(cause).__name__
+    if isinstance(cause, OSError) and isinstance(cause.filename, str):
+        said = f"{cause.strerror}: {Path(cause.filename).absolute()}"
     hint = f"\n{given}." if given else ""
     if isinstance(cause, ImportError | InstantiationException):
         return ConfigError(f"{target} cannot be imported: {said}\nCode of your own must be installed or on PYTHONPATH.")
     if isinstance(cause, TypeError) and "argument" in said:
         with suppress(Exception):
             hint = f"\nIts arguments are {', '.join(_arguments(node)) or 'those that fmexp gives alone'}."
-    return ConfigError(f"{target} cannot be built: {said}{hint}")
+    typed = isinstance(cause, ValueError | OSError) or "argument" in said  # what Python raises for a value or a file
+    return (ConfigError if typed else CodeError)(f"{target} cannot be built: {said}{hint}")
 
 
 def _arguments(node: DictConfig) -> list[str]:
@@ -111,7 +115,7 @@ def _check_model(node: DictConfig, model: nn.Module, images: Tensor, classes: in
         with torch.no_grad():
             shape = tuple(model(images).shape)
     except Exception as error:
-        raise ConfigError(f"model._target_={node._target_} cannot take the images: {given}. {error}") from error
+        raise CodeError(f"model._target_={node._target_} cannot take the images: {given}. {error}") from error
     if shape != (len(images), classes):
         raise ConfigError(
             f"model._target_={node._target_} returns {shape} for {len(images)} images where logits "

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+import fmexp
 from fmexp import config, folder, garbage, launcher, messages, sweep
 from fmexp.config import conf_dir, resolved
 from fmexp.errors import FmexpError
@@ -69,6 +70,9 @@ def beside_the_bar() -> AbstractContextManager[None]:
 
 def main() -> None:
     """The program: Hydra's part, and after a sweep its table."""
+    if "--version" in sys.argv[1:]:  # Hydra would say its own alone
+        print(f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})")
+        return
     try:
         with messages.instead_of_tracebacks():
             run()

@@ -193,7 +193,7 @@ def cifar10(root: str, download: bool = True, mirrors: Sequence[str] = ()) -> Da
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import extract_archive
 
-    folder = Path(root)
+    folder = Path(root).absolute()  # so that an error says where it was looked for
     if not (folder / CIFAR10.base_folder).is_dir():
         archive = files.Remote(CIFAR10.filename, CIFAR10.tgz_md5)
         files.fetch([archive], folder, mirrors, download=download, hint=HINT)
@@ -255,7 +255,7 @@ _IDX_MD5 = {
 
 
 def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: Sequence[str]) -> Dataset:
-    folder = Path(root) / name / "raw"  # where torchvision keeps them
+    folder = Path(root).absolute() / name / "raw"  # where torchvision keeps them; absolute, for errors name it
     remotes = [files.Remote(*known) for known in zip(_IDX_FILES, _IDX_MD5[name], strict=True)]
     files.fetch(remotes, folder, mirrors, download=download, hint=HINT)
     arrays = [torch.from_numpy(files.read_idx(folder, remote)) for remote in remotes]

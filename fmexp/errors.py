@@ -11,12 +11,16 @@ def first_line(error: BaseException) -> str:
 class FmexpError(CompactHydraException):
     """An error whose message alone is printed: it names the key or file, the value, and the way out.
 
-    Hydra prints exceptions of this family without a traceback (HYDRA_FULL_ERROR=1 shows it).
+    Hydra prints exceptions of this family without a traceback (HYDRA_FULL_ERROR=1 shows it). A path in it is absolute.
     """
 
 
 class ConfigError(FmexpError):
     """A configuration that cannot be run."""
+
+
+class CodeError(ConfigError):
+    """Code that the configuration names raised an exception, whose traceback tells more than the message."""
 
 
 class DataError(FmexpError):

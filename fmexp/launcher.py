@@ -168,7 +168,7 @@ def _need(package: str, launcher: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError:
-        raise ConfigError(f'hydra/launcher={launcher} needs {package}: pip install "fmexp[sweep]"') from None
+        raise ConfigError(f"hydra/launcher={launcher} needs {package}: pip install {package}") from None
 
 
 def _counts(members: list[Member]) -> str:

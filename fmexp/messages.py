@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fmexp import config
-from fmexp.errors import FmexpError
+from fmexp.errors import CodeError, FmexpError
 
 FULL = "HYDRA_FULL_ERROR"
 
@@ -38,7 +38,8 @@ def instead_of_tracebacks() -> Iterator[None]:
         sys.exit(1)
     except Exception as error:
         sys.stdout.flush()
-        print(message(error), f"Set the environment variable {FULL}=1 for the traceback.", sep="\n\n", file=sys.stderr)
+        hint = f"\n\nSet the environment variable {FULL}=1 for the traceback." if isinstance(error, CodeError) else ""
+        print(message(error) + hint, file=sys.stderr)
         sys.exit(1)
     finally:
         os.environ.pop(FULL, None)
@@ -64,8 +65,8 @@ def message(error: Exception) -> str:
         return f"This is not YAML: {error}"
     if isinstance(error, OSError) and error.filename:
         return (
-            f"{error.filename}: {error.strerror}. If the run was to be written there, name another folder with "
-            "hydra.run.dir=<folder>, or hydra.sweep.dir=<folder> for a sweep."
+            f"{Path(str(error.filename)).absolute()}: {error.strerror}. If the run was to be written there, "
+            "name another folder with hydra.run.dir=<folder>, or hydra.sweep.dir=<folder> for a sweep."
         )
     return "".join(traceback.format_exception(error)).strip()
 

@@ -87,28 +87,31 @@ def read(folder_of_run: str | Path) -> Result:
     """Read the run of a folder: complete, running or interrupted.
 
     Raises:
-        FmexpError: the folder holds no run.
+        FmexpError: the folder holds no run, or a result.json that no run has written.
     """
     path = Path(folder_of_run)
     if not folder.holds_run(path):
         problem = f"has no {folder.CONFIG}" if path.is_dir() else "is no folder"
         raise FmexpError(
-            f"{path} holds no run: it {problem}. Name the folder of one run, such as runs/<date>/<time>; "
+            f"{path.absolute()} holds no run: it {problem}. Name the folder of one run, such as runs/<date>/<time>; "
             "fmexp.sweep.read reads the members of a sweep."
         )
     word, content = _status(path)
     objective = content.get("objective")
-    return Result(
-        folder=path,
-        status=word,
-        objective=math.nan if objective is None else objective,
-        metrics={tag: value for tag, value in content.get("metrics", {}).items() if value is not None},
-        steps=content.get("steps", 0),
-        seconds=content.get("seconds", 0.0),
-        failures=content.get("failures", {}),
-        error=content.get("error", ""),
-        content=content,
-    )
+    try:
+        return Result(
+            folder=path,
+            status=word,
+            objective=math.nan if objective is None else float(objective),
+            metrics={tag: float(value) for tag, value in content.get("metrics", {}).items() if value is not None},
+            steps=int(content.get("steps", 0)),
+            seconds=float(content.get("seconds", 0.0)),
+            failures=dict(content.get("failures", {})),
+            error=str(content.get("error", "")),
+            content=content,
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FmexpError(f"{path.absolute() / folder.RESULT} is damaged: {error}. Move it away to go on.") from error
 
 
 def status(path: Path) -> str:

@@ -59,7 +59,7 @@ class Search(Sweeper):
         try:
             import optuna
         except ImportError:
-            raise ConfigError('hydra/sweeper=optuna needs Optuna: pip install "fmexp[optuna]"') from None
+            raise ConfigError("hydra/sweeper=optuna needs optuna: pip install optuna") from None
         configure_log(self.cfg.hydra.hydra_logging, self.cfg.hydra.verbose)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         parsed = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])

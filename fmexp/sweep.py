@@ -4,6 +4,7 @@
 alone. One that is complete or diverged is done; the same command goes on with one that failed or was interrupted.
 """
 
+import argparse
 import csv
 import io
 import logging
@@ -24,6 +25,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fmexp import config, disk, folder, results
+from fmexp.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +48,16 @@ class Member(results.Result):
 
 
 def read(root: str | Path) -> list[Member]:
-    """The members of a sweep, in the order of their numbers."""
-    root = Path(root)
-    members = [_read_member(path) for path in _folders(root)]
-    return sorted(members, key=lambda member: number(member.folder))
+    """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""
+    members: list[Member] = []
+    for path in sorted(_folders(Path(root)), key=number):
+        try:
+            if not members:
+                _ = folder.read_config(path)["objective"]  # the first member's configuration speaks for all
+            members.append(_read_member(path))
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            log.warning("%s is left out, for it cannot be read: %s", path.absolute(), first_line(error))
+    return members
 
 
 def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
@@ -128,7 +136,8 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
 def objective_of(root: Path) -> str:
     """The name of the metric that a sweep compares."""
     for path in _folders(root):
-        return str(OmegaConf.load(path / folder.CONFIG).objective)
+        with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
+            return str(folder.read_config(path)["objective"])
     return "test/accuracy"
 
 
@@ -314,8 +323,9 @@ def _is_free(path: Path) -> bool:
 
 def _read_member(path: Path) -> Member:
     result = results.read(path)
-    overrides = OmegaConf.load(path / ".hydra" / "overrides.yaml")
-    return Member(**vars(result), overrides=split([str(word) for word in overrides]))
+    file = path / ".hydra" / "overrides.yaml"
+    words = list(OmegaConf.load(file)) if file.is_file() else []  # fmexp.execute writes none
+    return Member(**vars(result), overrides=split([str(word) for word in words]))
 
 
 def split(overrides: Sequence[str]) -> dict[str, str]:
@@ -342,9 +352,27 @@ def _write_events(path: Path, summaries: Sequence[Any]) -> None:
 
 def main() -> None:
     """Print the table of a sweep: python -m fmexp.sweep <folder>."""
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python -m fmexp.sweep <folder of a sweep>, such as multirun/2026-01-31/12-00-00-000000")
-    print(conclude(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(
+        prog="python -m fmexp.sweep",
+        description="Print the table of a sweep that runs, was stopped or is done, best member first. It is written "
+        "to the sweep's folder, too, with a picture (sweep.csv, sweep.png), and for TensorBoard (summary/).",
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="what the runs lie side by side in: multirun/<date>/<time> of a sweep, or any other folder of runs",
+    )
+    root = parser.parse_args().folder.absolute()
+    if not root.is_dir():
+        parser.error(f"{root} is no folder")
+    if not _folders(root):
+        deeper = sorted({str(path.parents[2]) for path in root.glob(f"*/*/**/{folder.CONFIG}")})
+        hint = f" There are runs in {', '.join(deeper[:3])}." if deeper else ""
+        sys.exit(f"No folder in {root} holds a run.{hint}")
+    try:
+        print(conclude(root))
+    except OSError as error:
+        sys.exit(f"The table cannot be written: {error}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Trainer:
         """
         run, seed = self.run, self.run.cfg.seed
         step = self.step = build_step(run)
-        # tqdm asks its variable by itself only at its import, and not where `disable` is given; None: not on a terminal.
+        # tqdm reads its variable at import alone, and not where `disable` is given. None: shown on a terminal alone.
         hidden = True if os.environ.get("TQDM_DISABLE") else None
         with tqdm(
             total=self.total_steps, initial=run.step, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True

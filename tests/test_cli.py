@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import hydra
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +19,7 @@ from program import CHECKOUT, PYTHON, Finished, call, environment, run, start
 from program import finish as finished
 from tools import SMALL, read_events, scalars, weights, write_idx_splits
 
+import fmexp
 from fmexp import cli, compose
 from fmexp.build import build
 from fmexp.config import conf_dir, resolved
@@ -139,6 +141,7 @@ def test_configuration_is_shown_without_torch(tmp_path: Path) -> None:
         (("--info", "defaults-tree"), "", "schema/optimizer/sgd"),
         (("--info", "searchpath"), "", str(conf_dir())),
         (("--hydra-help",), "", "--multirun"),
+        (("--version",), "", f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})\n"),
         (("--shell-completion", "query=bash"), "fmexp optimizer=ad", "optimizer=adam optimizer=adamw"),
         (("--shell-completion", "query=bash"), "fmexp stage.pr_curves.num", "stage.pr_curves.num_thresholds="),
         (("--multirun", "optimizer.lr=0.1,0.2", "sweep.dry_run=true"), "", "0.2"),

@@ -229,7 +229,6 @@ def assert_complete(folder: Path) -> None:
 def test_command(command: Command, here: Path) -> None:
     words = placed(command.words)
     if any("optuna" in word for word in words):
-        pytest.importorskip("optuna", reason='optuna is not installed: pip install "fmexp[optuna]"')
         words.append(f"hydra.sweeper.n_trials={MEMBERS['optuna']}")
     if "--config-dir" in words:
         (page,) = (page for page in PAGES if page.name == command.page)

@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 from PIL import Image
 from program import CHECKOUT, environment
 
 from fmexp import read, sweep
-
-nbformat = pytest.importorskip("nbformat", reason='nbclient is not installed: pip install "fmexp[test]"')
-nbclient = pytest.importorskip("nbclient", reason='nbclient is not installed: pip install "fmexp[test]"')
-pytest.importorskip("ipykernel", reason='ipykernel is not installed: pip install "fmexp[test]"')
 
 NOTEBOOK = CHECKOUT / "docs" / "fmexp.ipynb"
 QUICK = [

@@ -1,5 +1,5 @@
 """The wheel and the sdist: what they hold, and the program and the example project run from the installed wheel alone;
-and that every source file says what it is for."""
+that the extra `test` has all that the tests need; and that every source file says what it is for."""
 
 import ast
 import email
@@ -10,13 +10,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterable, Iterator
 from email.message import Message
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from program import CHECKOUT, OWN_PROJECT, Finished, environment, run
 from tools import read_events, scalars, weights
 
@@ -52,7 +56,6 @@ class Installed(NamedTuple):
 
 def built(kind: str, folder: Path) -> Path:
     """The wheel or the sdist, built by the hook that pip calls."""
-    pytest.importorskip("hatchling")
     build = f"import sys, hatchling.build; print(hatchling.build.build_{kind}(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", build, str(folder)], cwd=CHECKOUT, capture_output=True, text=True, check=True
@@ -111,6 +114,44 @@ def test_wheel_says_what_it_is_and_needs(installed: Installed, metadata: Message
     assert {"sweep", "optuna", "browser", "test", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     (scripts,) = installed.site.glob("fmexp-*.dist-info/entry_points.txt")
     assert scripts.read_text().split("\n")[:2] == ["[console_scripts]", "fmexp = fmexp.__main__:main"]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The first words of what a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def add_needed(found: set[str], requirements: Iterable[str], extras: Iterable[str]) -> None:
+    """Add the distributions that requirements with these extras lead to, near and far, as pip would install them."""
+    for line in requirements:
+        one = Requirement(line)
+        name = canonicalize_name(one.name)
+        wanted = not one.marker or any(one.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+        if wanted and name not in found:
+            found.add(name)
+            add_needed(found, requires(name) or (), one.extras)
+
+
+def test_the_extra_test_installs_all_that_is_imported(metadata: Message) -> None:
+    installed: set[str] = set()
+    add_needed(installed, metadata.get_all("Requires-Dist", []), ["test"])
+    sources = [*SOURCES, *(path for path in OTHERS if path.is_relative_to(CHECKOUT / "tests"))]
+    known = {"fmexp", *sys.stdlib_module_names, *(path.stem for path in OTHERS)}
+    names = {name for path in sources for name in imported(path)} - known
+    providers = packages_distributions()
+    assert {"torch", "joblib", "submitit", "optuna", "playwright", "PIL"} <= names
+    missing = {name for name in names if installed.isdisjoint(map(canonicalize_name, providers.get(name, ())))}
+    assert not missing
+
+
+def test_no_text_installs_fmexp_from_an_index() -> None:
+    """It is in none: `pip install` names a checkout, or the package that is missing."""
+    texts = [*SOURCES, *OTHERS, *CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").glob("*.*"), OWN_PROJECT / "README.md"]
+    assert [shown(path) for path in texts if re.search(r"pip install \S?fmexp", path.read_text())] == []
 
 
 def test_sdist_holds_what_the_tests_need(tmp_path: Path) -> None:

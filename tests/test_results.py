@@ -155,9 +155,10 @@ def test_a_run_that_diverged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "why"), [("nowhere", "is no folder"), ("", "has no .hydra/config.yaml")])
-def test_a_folder_without_a_run(name: str, why: str, tmp_path: Path) -> None:
+def test_a_folder_without_a_run(name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FmexpError) as caught:
-        fmexp.read(tmp_path / name)
+        fmexp.read(name)
     assert str(caught.value).startswith(f"{tmp_path / name} holds no run: it {why}. ")
     assert "fmexp.sweep.read" in str(caught.value)
 

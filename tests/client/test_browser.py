@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser
 import pytest
+from playwright.sync_api import Page, expect
 from server import Server
 
 from fmexp import datasets, sweep
-
-pytest.importorskip("playwright", reason="playwright is not installed: pip install 'fmexp[browser]'")
-import browser
-from playwright.sync_api import Page, expect
 
 if not browser.chromium():
     pytest.skip("there is no Chromium on the PATH or at $CHROMIUM", allow_module_level=True)

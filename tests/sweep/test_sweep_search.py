@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+import optuna
 import program
 import pytest
 from sweep_tools import OWN, Gate, Sweep, files, members, result
 
 from fmexp import compose, config, sweep
-
-optuna = pytest.importorskip("optuna", reason='needs Optuna: pip install "fmexp[optuna]"')
 
 SPACE = ("hydra/sweeper=optuna", "optimizer.lr=tag(log, interval(1e-4, 1e-1))", "optimizer.momentum=interval(0.0,0.9)",
          "+model.tag=a,b", "dataset.train_size=64")  # fmt: skip
