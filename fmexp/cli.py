@@ -21,6 +21,8 @@ from fmexp.errors import FmexpError
 
 log = logging.getLogger(__name__)
 
+DIVERGED = 3  # the exit status of a single run that diverged; an error is 1, a wrong flag 2, a signal 128 + its number
+
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def run(cfg: DictConfig) -> float:
@@ -41,7 +43,10 @@ def run(cfg: DictConfig) -> float:
 
         garbage.watch()
         with beside_the_bar():
-            return execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
+            objective = execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
+        if single and (folder.read_result(output_dir) or {}).get("status") == "diverged":
+            sys.exit(DIVERGED)
+        return objective
     except folder.HeldError:
         raise  # who holds the folder writes what comes of it
     except Exception as error:

@@ -19,6 +19,7 @@ from fmexp import checkpoint, config, datasets, disk, events, folder, randomness
 from fmexp import train as training
 from fmexp.build import build, target
 from fmexp.errors import FmexpError
+from fmexp.extra_state import ExtraState
 from fmexp.run import Run, disk_full
 from fmexp.stop import Stop
 
@@ -82,6 +83,7 @@ class _Execution:
         self.started = time.monotonic()
         self.saved, self.cost = self.started, 0.05  # when the last checkpoint was written, and the seconds that it took
         self.checkpoint_every = run.cfg.train.checkpoint_every  # here, for OmegaConf takes its time at every step
+        self.extra = ExtraState(run.model, run.optimizer)
         self.read_back = True  # whether the next checkpoint is the first of this process
 
     def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
@@ -190,6 +192,7 @@ class _Execution:
             "seconds": run.seconds + began - self.started,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "extra": self.extra.state_dict(),
             "random": randomness.capture(),
             "backend": asdict(run.backend),
             "versions": versions(),
@@ -205,6 +208,7 @@ class _Execution:
         for saved, group in zip(state["optimizer"].get("param_groups", ()), run.optimizer.param_groups, strict=False):
             saved.update({name: group[name] for name in ("fused", "capturable") if name in group})  # of this device
         run.optimizer.load_state_dict(state["optimizer"])
+        self.extra.load_state_dict(state.get("extra", {}))
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
         run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]

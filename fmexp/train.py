@@ -39,7 +39,10 @@ def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor)
 
 def update(optimizer: Optimizer) -> None:
     """The update itself, without the wrappers for profiling, hooks and torch.compile around it."""
-    inspect.unwrap(type(optimizer).step)(optimizer)
+    if noted := vars(optimizer).get("step"):  # a scheduler's wrapper, which warns where it is left out
+        noted()
+    else:
+        inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:

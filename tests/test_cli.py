@@ -1,6 +1,7 @@
 """The program as people call it: help without torch, runs and sweeps in folders of their own, own code, going on."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from program import finish as finished
 from tools import SMALL, read_events, scalars, weights, write_idx_splits
 
 import fmexp
-from fmexp import cli, compose
+from fmexp import cli, compose, execute
 from fmexp.build import build
 from fmexp.config import conf_dir, resolved
 from fmexp.run import Run
@@ -283,6 +284,26 @@ def test_any_other_optimizer_of_torch() -> None:
     optimizer = build(compose([*SMALL, *words, "+optimizer.lr_decay=0.1"])).optimizer
     assert type(optimizer) is torch.optim.Adagrad
     assert (optimizer.defaults["lr"], optimizer.defaults["lr_decay"]) == (0.5, 0.1)
+
+
+DIVERGES = (*QUICK, "optimizer.lr=1e10", "train.max_steps=16", "hydra.run.dir=run")
+
+
+def test_a_run_that_diverged_has_an_exit_status_of_its_own_again_and_again(tmp_path: Path) -> None:
+    done = run(*DIVERGES, cwd=tmp_path)
+    assert (done.status, done.err) == (cli.DIVERGED, "")
+    assert "the run diverged" in done.out
+    again = call(*DIVERGES, cwd=tmp_path)
+    assert (again.status, again.err) == (3, "")
+    assert "run is diverged already; nothing is trained" in again.out
+    assert result(tmp_path / "run")["status"] == "diverged"
+    assert math.isnan(execute(compose(DIVERGES[:-1]), tmp_path / "run"))
+
+
+def test_the_exit_status_is_documented(help_text: str) -> None:
+    assert f"{cli.DIVERGED} the run\n" in help_text.partition("Exit status: ")[2]
+    assert f"{cli.DIVERGED} where a single run diverged" in (CHECKOUT / "README.md").read_text()
+    assert f"exit status {cli.DIVERGED};" in (CHECKOUT / "docs" / "reliability.md").read_text()
 
 
 # Sweeps
