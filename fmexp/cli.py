@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from fmexp import config, folder, garbage, launcher, messages, sweep
 from fmexp.config import conf_dir, resolved
 from fmexp.errors import FmexpError
+from fmexp.stop import held_back
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def run(cfg: DictConfig) -> float:
     try:
         if single:  # execute does so too, but after some seconds of importing torch; members were checked together
             config.check(cfg)
-        from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
+        with held_back():  # a signal's exception in the midst of torch's import aborts the process
+            from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
         garbage.watch()
         with beside_the_bar():
