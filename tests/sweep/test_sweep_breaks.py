@@ -136,7 +136,11 @@ def test_a_killed_worker_costs_its_member_alone(tmp_path: Path, gate: Gate, trut
     assert pids.keys() == {"a", "b"}
     until(lambda: (member(root, "tag-a") / "checkpoint.pt").exists(), "a checkpoint", first)
     os.kill(pids["a"], signal.SIGKILL)
-    until(lambda: "0_tag-a  failed: its process was killed, or ran out of memory" in first.output, "word of the kill", first)
+    until(
+        lambda: "0_tag-a  failed: its process was killed, or ran out of memory" in first.output,
+        "word of the kill",
+        first,
+    )
     gate.open()
     assert first.wait() == 1
     assert [result(member(root, f"tag-{tag}"))["status"] for tag in "abc"] == ["failed", "complete", "complete"]
