@@ -241,9 +241,11 @@ def _label_axis(axis: Any, key: Key) -> None:
 
 def _colors(key: Key) -> list[Any]:
     """A color for each value: along a scale for numbers."""
+    from matplotlib.colors import to_hex
+
     if not key.numeric or len(key.names) < 3:
         return [COLORS[number % len(COLORS)] for number in range(len(key.names))]
-    return list(_colormap()(_norm(key)(list(key.places.values()))))
+    return [to_hex(color) for color in _colormap()(_norm(key)(list(key.places.values())))]
 
 
 def _norm(key: Key) -> Any:
