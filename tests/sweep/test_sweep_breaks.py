@@ -76,6 +76,8 @@ def test_a_failing_member_harms_no_other_and_is_executed_again(launcher: tuple[s
     summary = "failed: 1_tag-b: ValueError: the model b does not want to be trained (more in its fmexp.log)"
     assert summary in first.output
     assert "3 members: 2 complete, 1 failed" in first.output
+    assert "1 of 3 members have no result; the same command goes on with them." in first.output
+    assert first.output.count("the model b does not want to be trained\n") == 2, "when it happens, and in its details"
     with tensorboard(root) as ask:
         rows = hparams(ask, 3)
     assert [rows[f"{i}_tag-{t}"]["status"] for i, t in enumerate("abc")] == [

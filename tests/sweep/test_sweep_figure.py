@@ -10,6 +10,7 @@ import pytest
 from matplotlib import image
 from matplotlib.collections import PolyCollection
 from sweep_tools import fabricate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmexp import sweep, sweep_data, sweep_figure
 
@@ -162,6 +163,8 @@ def test_written_as_png_of_200_dpi_and_as_svg_and_the_same_each_time(tmp_path: P
     assert (width, height) == (1720, 720), "8.6 x 3.6 inches"
     assert b"<svg" in first["sweep.svg"]
     assert b"optimizer.lr=0.01</text>" in first["sweep.svg"], "letters that can be edited"
+    events = EventAccumulator(str(tmp_path / "summary")).Reload()
+    assert events.Images("sweep")[0].encoded_image_string == first["sweep.png"]
     sweep.conclude(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
 

@@ -157,3 +157,32 @@ def test_a_table_fits_the_terminal(width: int, tmp_path: Path, monkeypatch: pyte
     assert ("test/loss" in heads) == (width >= 80)
     assert all(row[-1].startswith(f"{number}_") for number, row in enumerate(rows))
     assert lines[4].startswith("not shown: ")
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["fmexp", *sys.argv[1:]]
+from fmexp import cli
+try:
+    cli.main()
+finally:
+    print("torch was imported to its end:", hasattr(sys.modules.get("torch"), "compile"))
+"""
+
+
+def test_ctrl_c_while_torch_is_imported_waits_for_the_import(tmp_path: Path) -> None:
+    """An exception in the midst of it aborts the process, at some of its places."""
+    command = [program.PYTHON[0], "-c", INTERRUPTED_IMPORT]
+    done = program.run("-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s", cwd=tmp_path, command=command)
+    assert done.status == 130
+    assert "no members, 2 not begun" in done.out
+    assert done.out.count("go on with") == 1
+    assert "torch was imported to its end: True" in done.out
+    assert "Traceback" not in done.err
