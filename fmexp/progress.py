@@ -132,6 +132,7 @@ class Progress:
         if result.status == "failed":
             details = (result.folder / "fmexp.log").read_text(errors="replace").splitlines()[-DETAILS:]
             error = (result.error.splitlines() or [""])[0]
+            details = [] if details == [error] else details
             return "\n".join([f"{line}failed: {error}", *(f"    {detail}" for detail in details)])
         line += f"{self.objective} {result.objective:.4f}" if result.status == "complete" else result.status
         if result.status in ("complete", "diverged"):

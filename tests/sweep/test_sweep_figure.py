@@ -72,7 +72,7 @@ def test_main_key_is_on_x_and_the_next_has_a_line_for_each_value_with_its_spread
     assert title.endswith("with model=lenet, optimizer.lr=0.01")
     assert len(curves.get_lines()) == 6
     assert len([band for band in curves.collections if isinstance(band, PolyCollection)]) == 6
-    assert legend(curves) == ["0.001", "0.01", "0.1", "mlp", "lenet"]
+    assert legend(curves) == ["0.001", "0.01", "0.1", "model=mlp", "model=lenet"]
     assert len({line.get_color() for line in curves.get_lines()}) == 3, "a color for each learning rate"
 
 
@@ -160,7 +160,7 @@ def test_written_as_png_of_200_dpi_and_as_svg_and_the_same_each_time(tmp_path: P
     sweep.conclude(tmp_path)
     first = {name: (tmp_path / name).read_bytes() for name in ("sweep.png", "sweep.svg")}
     height, width, _ = image.imread(tmp_path / "sweep.png").shape
-    assert (width, height) == (1720, 720), "8.6 x 3.6 inches"
+    assert (width, height) == (1840, 720), "9.2 x 3.6 inches"
     assert b"<svg" in first["sweep.svg"]
     assert b"optimizer.lr=0.01</text>" in first["sweep.svg"], "letters that can be edited"
     events = EventAccumulator(str(tmp_path / "summary")).Reload()
