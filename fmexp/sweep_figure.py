@@ -1,6 +1,6 @@
 """A sweep's picture: the objective against what varies, the best of it marked, and the learning curves.
 
-A grid of up to four keys has its main key on x, a line for each value of the second, a column of panels for each of the
+A grid of up to four keys has its main key on x, a line for each value of the next, a column of panels for each of the
 third and a row for each of the fourth. A search, or a larger grid, has a panel for each key. Members that differ in
 their seed alone are one point with an error bar, one curve with a band. Matplotlib is imported when something is drawn.
 """
