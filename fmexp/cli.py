@@ -18,6 +18,7 @@ import fmexp
 from fmexp import config, folder, garbage, launcher, messages, sweep
 from fmexp.config import conf_dir, resolved
 from fmexp.errors import FmexpError
+from fmexp.stop import held_back
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def run(cfg: DictConfig) -> float:
     try:
         if single:  # execute does so too, but after some seconds of importing torch; members were checked together
             config.check(cfg)
-        from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
+        with held_back():  # a signal's exception in the midst of torch's import aborts the process
+            from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
         garbage.watch()
         with beside_the_bar():
