@@ -352,10 +352,10 @@ def test_questions_about_parts_of_ones_own_are_answered_where_the_files_are() ->
 def test_results_are_read_from_python_as_the_questions_say(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = DOCS / QUESTIONS
     small = [*QUICK, *DRAWN, "dataset=synthetic"]
-    assert call(*small, "hydra.run.dir=runs/mine", cwd=here).status == 0
+    assert call(*small, "hydra.run.dir=runs/first", cwd=here).status == 0
     assert call("-m", *small, "seed=1,2", f"hydra.sweep.dir={SWEPT}", cwd=here).status == 0
     (results, best, gpu) = [placed(tuple(words))[2] for words in lines(page) if words[:2] == ["python", "-c"]]
-    run = read("runs/mine")
+    run = read("runs/first")
     exec(results, {})
     assert capsys.readouterr().out == f"complete {run.metrics}\n"
     exec(best, {})
