@@ -207,7 +207,7 @@ def test_started_and_read_from_python_and_the_table_again(tmp_path: Path) -> Non
     assert "2 members: 2 complete" in printed.out
     assert all(member.folder.name in printed.out for member in found)
     refused = program.run("nowhere", cwd=tmp_path, command=[program.PYTHON[0], "-m", "fmexp.sweep"])
-    assert refused.status == 1
+    assert refused.status == 2
     assert "usage" in refused.err
 
 
