@@ -54,11 +54,11 @@ class Installed(NamedTuple):
         return run(*words[1:], cwd=cwd, command=(str(self.python.with_name(words[0])),), env=env)
 
 
-def built(kind: str, folder: Path) -> Path:
+def built(kind: str, folder: Path, project: Path = CHECKOUT) -> Path:
     """The wheel or the sdist, built by the hook that pip calls."""
     build = f"import sys, hatchling.build; print(hatchling.build.build_{kind}(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", build, str(folder)], cwd=CHECKOUT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", build, str(folder)], cwd=project, capture_output=True, text=True, check=True
     )
     assert [path.name for path in folder.iterdir()] == done.stdout.split()
     return folder / done.stdout.strip()
@@ -163,6 +163,24 @@ def test_sdist_holds_what_the_tests_need(tmp_path: Path) -> None:
     hidden = [CHECKOUT / name for name in (".ci/run", ".gitignore", ".pre-commit-config.yaml", "multirun/.gitignore")]
     assert names >= {shown(path) for path in (*PACKAGE, *CONF, *OTHERS, *docs, *texts, *hidden)}
     assert not [name for name in names if re.search(r"__pycache__|(^|/)(runs|data|\.venv|\.\w+_cache)/|tfevents", name)]
+
+
+def test_sdist_leaves_out_what_runs_write(tmp_path: Path) -> None:
+    project, out = tmp_path / "project", tmp_path / "out"
+    for name in ("fmexp", "conf"):
+        shutil.copytree(CHECKOUT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "multirun").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "multirun/.gitignore"):
+        shutil.copy(CHECKOUT / name, project / name)
+    kept = {str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()}
+    for place in (".", "docs", "examples/own_project"):
+        for folder in ("runs/notebook", "runs/2026-01-31/12-00", "multirun/2026-01-31/0_seed-1", "multirun/mine/0"):
+            (project / place / folder).mkdir(parents=True)
+            (project / place / folder / "result.json").write_text("{}")
+    out.mkdir()
+    with tarfile.open(built("sdist", out, project)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names == kept | {"PKG-INFO"}
 
 
 def test_program_of_the_wheel(installed: Installed, tmp_path: Path) -> None:
