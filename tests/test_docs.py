@@ -24,8 +24,6 @@ from tools import write_idx_splits
 
 from fmexp import read, sweep
 
-pytestmark = pytest.mark.slow
-
 DOCS = CHECKOUT / "docs"
 PAGES = [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))]
 SWEPT = "multirun/2026-01-31/12-00-00"

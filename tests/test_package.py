@@ -3,7 +3,9 @@ that the extra `test` has all that the tests need; and that every source file sa
 
 import ast
 import email
+import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -146,6 +148,14 @@ def test_the_extra_test_installs_all_that_is_imported(metadata: Message) -> None
     assert {"torch", "joblib", "submitit", "optuna", "playwright", "PIL"} <= names
     missing = {name for name in names if installed.isdisjoint(map(canonicalize_name, providers.get(name, ())))}
     assert not missing
+
+
+def test_pytest_takes_all_cores_with_one_thread_each_and_leaves_out_the_slow_tests(
+    pytestconfig: pytest.Config,
+) -> None:
+    words = pytestconfig.getini("addopts")
+    assert {("-n", "auto"), ("--dist", "worksteal"), ("-m", "not slow")} <= set(itertools.pairwise(words))
+    assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
 
 
 def test_no_text_installs_fmexp_from_an_index() -> None:
