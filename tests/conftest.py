@@ -8,11 +8,11 @@ from pathlib import Path
 # It has to be said before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-from tools import read_events, small  # noqa: E402
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tools import read_events, small
 
-from fmexp import execute  # noqa: E402
+from fmexp import execute
 
 
 @pytest.fixture
