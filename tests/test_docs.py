@@ -27,8 +27,6 @@ from tools import write_idx_splits
 
 from fmexp import read, sweep
 
-pytestmark = pytest.mark.slow
-
 BASH = shutil.which("bash") or ""
 SCRIPT = Path(sys.executable).with_name("fmexp")
 DOCS = CHECKOUT / "docs"

@@ -13,8 +13,6 @@ from fmexp import datasets, sweep
 if not browser.chromium():
     pytest.skip("there is no Chromium on the PATH or at $CHROMIUM", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
-
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "screenshots"
 CLASSES = "Trouser", "Sandal", "Ankle Boot"
 
