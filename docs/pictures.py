@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
             os.environ["FMEXP_DATA"] = str(DOCS.parent / "data")
         execute(compose(["experiment=tutorial"]), root / "tutorial")
         members = sweep.start(SWEEP, root / "sweep")
-        with Server(root, fast=True) as server, browser.pages(1200, 720) as page:
+        with Server(root, fast=True) as server, browser.pages({"width": 1200, "height": 720}) as page:
             server.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
             for tab in TABS:
                 tab(page, server.url)

@@ -125,7 +125,7 @@ class _Execution:
     def _finish(self, status: str) -> float:
         run = self.run
         run.seconds += time.monotonic() - self.started
-        run.writer.add_scalar("seconds", run.seconds, run.step)
+        run.writer.add_scalar("wall_seconds", run.seconds, run.step)
         events.write_status(run.writer, status == "complete")
         events.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
