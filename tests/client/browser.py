@@ -49,6 +49,15 @@ def projector(page: Page) -> FrameLocator:
     return page.frame_locator("iframe").frame_locator("iframe")
 
 
+def colour_by_class(page: Page) -> None:
+    """Choose `label` under "Color by" in the projector's tab."""
+    shown = projector(page)
+    choice = shown.locator("#colorby paper-item").filter(has_text="colors").first
+    choice.wait_for(state="attached")
+    shown.locator("#colorby").click()
+    choice.click()
+
+
 def wait_for_picture(page: Page, width: int, height: int) -> None:
     """Wait until a picture of this size in pixels is loaded and in sight, as TensorBoard serves it."""
     page.wait_for_function(

@@ -97,11 +97,14 @@ def test_graph(page: Page, tensorboard: Server) -> None:
         page.locator(f"g.node[data-name='LeNet/{layer}']").first.wait_for()
 
 
-def test_projector(page: Page, tensorboard: Server) -> None:
+def test_projector(page: Page, tensorboard: Server, tutorial_data: datasets.Dataset) -> None:
     browser.open_tab(page, tensorboard.url, "projector")
     shown = browser.projector(page)
     shown.get_by_text("Points: 100").first.wait_for()
     shown.get_by_text("Dimension: 784").first.wait_for()
+    browser.colour_by_class(page)
+    for name in tutorial_data.classes:  # the legend
+        shown.locator("vz-projector-legend").get_by_text(name, exact=True).first.wait_for()
 
 
 def test_pr_curves(page: Page, tensorboard: Server, tutorial_data: datasets.Dataset) -> None:
