@@ -123,7 +123,14 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     always = ("dataset", "model", "optimizer", "seed")
     shown = [name for name in names if name in always or len(values[name]) > 1 or any(name not in row for row in rows)]
     first = next(iter(trees.values()))
-    tags = (first["objective"], "test/accuracy", "test/accuracy/best", "test/loss", first["train"]["tag"], "seconds")
+    tags = (
+        first["objective"],
+        "test/accuracy",
+        "test/accuracy/best",
+        "test/loss",
+        first["train"]["tag"],
+        "wall_seconds",
+    )
     metrics = [hp.Metric(tag) for tag in dict.fromkeys(tags)]
     summary = hp.hparams_config_pb([hp.HParam(name) for name in shown], metrics)
     plugin_data = summary.value[0].metadata.plugin_data

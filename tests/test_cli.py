@@ -267,6 +267,26 @@ def test_progress_bar_on_a_terminal_and_log_lines_elsewhere(side_by_side: SideBy
     assert "/16 [" not in side_by_side.piped.out
 
 
+@pytest.mark.parametrize("width", [45, 80, 300])
+def test_the_announcement_goes_on_below_its_column(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    stages = [f"stage.{name}.enabled=true" for name in ("image_grid", "predictions", "confusion_matrix")]
+    done = call(*QUICK, *stages, "optimizer=adamw", "hydra.run.dir=run", cwd=tmp_path)
+    lines = done.out.splitlines()
+    heads = ("data", "model", "optimizer", "training", "stages", "folder")
+    begins = [next(i for i, line in enumerate(lines) if line.startswith(f"{head:<11}")) for head in heads]
+    assert begins == sorted(begins)
+    announced = {head: lines[i:j] for head, i, j in zip(heads, begins, [*begins[1:], begins[-1] + 1], strict=True)}
+    assert all(len(line) <= width for part in announced.values() for line in part)
+    assert all(re.match(r" {11}\S", line) for part in announced.values() for line in part[1:])
+    items = [item for line in announced["stages"] for item in line[11:].removesuffix(",").split(", ")]
+    moments = {"image_grid": "start", "predictions": "log", "per_class_accuracy": "end", "confusion_matrix": "end"}
+    assert items == [f"{name} ({moment})" for name, moment in moments.items()]  # none of them is on two lines
+    settings = "AdamW, lr 0.001, betas [0.9, 0.999], eps 1e-08, weight_decay 0.01"
+    assert " ".join(line[11:] for line in announced["optimizer"]) == settings
+    assert (len(announced["stages"]) > 1) == (width < 90)
+
+
 def test_data_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx_splits(tmp_path / "my data", "FashionMNIST")
     monkeypatch.setenv("FMEXP_DATA", str(tmp_path / "my data"))

@@ -416,6 +416,16 @@ def test_every_page_is_linked(page: Path) -> None:
     assert any(page == (other.parent / link).resolve() for other in others for link in links(other))
 
 
+def test_every_picture_that_is_made_is_small_and_shown() -> None:
+    made = re.search(r"^TABS.*?= \((.*?)^\)", (DOCS / "pictures.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert made
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    for name in re.findall(r"\w+", made[1]):
+        picture = DOCS / "pictures" / f"{name}.png"
+        assert picture in shown
+        assert picture.stat().st_size <= 60_000
+
+
 # The reference
 
 

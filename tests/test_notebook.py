@@ -120,10 +120,10 @@ def test_it_shows_the_pictures(executed: Executed) -> None:
     run = read(executed.root / "run")
     assert len(executed.pictures("loss")) == len(executed.pictures("curves")) == 1
     first, last = executed.pictures("predictions")
-    kept = run.images["predictions vs. actuals"]
+    kept = run.images["view/predictions"]
     assert executed.text("predictions").startswith("after 4 batches\n")
     assert (first.tobytes(), last.tobytes()) == (kept[0][1].tobytes(), kept[-1][1].tobytes())
-    assert executed.pictures("confusion")[0].size == run.images["confusion_matrix"][0][1].size
+    assert executed.pictures("confusion")[0].size == run.images["view/confusion_matrix"][0][1].size
 
 
 def test_it_shows_the_sweep(executed: Executed) -> None:

@@ -245,7 +245,7 @@ def test_own_dataset_model_and_stage_with_the_wheel(installed: Installed, own_pr
     assert scalars(events, "weights/norm") == [(150, pytest.approx(norm))]
     assert result["metrics"]["weights/norm"] == pytest.approx(norm)
     assert {"along", "across"} <= set(events.Tags()["tensors"]), "a PR curve for each class"
-    assert scalars(events, "per_class_accuracy/along")
+    assert scalars(events, "within_class_accuracy/along")
 
 
 @pytest.mark.parametrize("command", commands_of_the_example()[1:])

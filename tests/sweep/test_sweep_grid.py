@@ -79,12 +79,12 @@ def test_hparams_has_a_row_a_member_and_all_their_keys(grid: Sweep) -> None:
         assert ("optimizer.eps" in settings) == ("adam" in path.name)
         for tag in ("test/accuracy", "test/accuracy/best", "test/loss", "train/loss"):
             assert row["metrics"][tag] == pytest.approx(metrics[tag])
-        assert row["metrics"]["seconds"] > 0
+        assert row["metrics"]["wall_seconds"] > 0
     shown = {info["name"] for info in columns["hparamInfos"]}
     assert shown >= {"dataset", "model", "optimizer", "seed", "optimizer.lr", "optimizer.momentum", "optimizer.eps"}
     assert not shown & {"dataset.train_size", "train.batch_size", "model.hidden"}  # they do not vary
     metrics = [info["name"]["tag"] for info in columns["metricInfos"]]
-    assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "seconds"]
+    assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds"]
     assert "summary" in runs
 
 
