@@ -19,7 +19,7 @@ MemoryFormat = torch.memory_format
 # The numbers of the rules; docs/performance.md has what they were measured by.
 SMALL_CONVOLUTION = 1_500_000  # multiplications up to which calling oneDNN costs more than it saves
 MANY_IMAGES = 16  # from so many on native kernels lose, and oneDNN gains by having the channels last
-OUTPUTS_A_WEIGHT = 0.25  # with fewer a batch, both lose: they handle the weights worse
+OUTPUTS_A_WEIGHT = 0.3  # of the convolutions; with fewer a batch both lose, for they handle the weights worse
 SMALL_BATCH = 10_000_000  # multiplications below which a second thread costs more than it saves,
 FEW_WEIGHTS = 2_000_000  # as long as there are no more weights to read and to update
 # From so many small batches on, compiling the step costs less than it saves.
