@@ -51,8 +51,9 @@ def build(cfg: DictConfig) -> Run:
     with looking(model, cfg.seed):
         _check_model(cfg.model, model, images[:2], classes, given)
         steps = training.total_steps(cfg, dataset)
-        how = backend.choose(model, images[:2], cfg.train.batch_size, compiled=cfg.train.compile, steps=steps)
-        evaluation = backend.choose(model, images[:2], evaluate.BATCH)
+        few, keys, compiled = images[:2], cfg.backend, cfg.train.compile
+        how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
+        evaluation = backend.choose(model, few, evaluate.BATCH, **keys)
     try:
         optimizer = training.build_optimizer(cfg.optimizer, model)
     except Exception as error:
