@@ -156,7 +156,9 @@ class _Layer:
 
     @property
     def weight(self) -> Tensor:
-        return self.module.get_parameter("weight")
+        weight = self.module.weight  # not a parameter where it is computed, as by weight_norm
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def multiplications(self) -> float:

@@ -180,3 +180,18 @@ def test_the_keys_are_in_hparams_only_where_they_were_chosen() -> None:
     assert columns() == {}
     assert columns("backend.threads=2") == {"backend.threads": 2}
     assert columns("backend.kernels=native") == {"backend.kernels": "native"}
+
+
+class WeightNorm(models.LeNet):
+    """Computes a layer's weight from two others."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.fc1 = nn.utils.parametrizations.weight_norm(self.fc1)
+
+
+def test_a_weight_that_is_computed_is_trained(tmp_path: Path) -> None:
+    execute(small("logging=light", "model._target_=test_backend.WeightNorm"), tmp_path)
+    first, last = torch.load(tmp_path / "model.pt"), WeightNorm(input_shape=(1, 28, 28), num_classes=10).state_dict()
+    assert first.keys() == last.keys()
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "complete"
