@@ -98,6 +98,29 @@ class Bench:
             for name, b in seconds.items():
                 yield f"training, {model}, batch {size}", f"{a * 1e3:.2f} ms", name, f"{b * 1e3:.2f} ms", b / a, 1
 
+    def networks(self) -> Iterator[tuple]:
+        """Networks of torchvision and timm, 32x32, a training step as the rules have it against PyTorch's defaults."""
+        lines = subprocess.Popen(
+            [sys.executable, str(HERE / "networks.py")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        )  # fmt: skip
+        for line in lines.stdout or ():
+            if not line.startswith("{"):
+                continue  # what timm says of what it misses
+            cell = json.loads(line)
+            work = cell["network"]
+            if "skipped" in cell:
+                print(f"{work} is skipped: {cell['skipped']}")
+                continue
+            work = f"{work}, batch {cell['size']}"
+            if cell["ms"] is None:
+                yield work, "the default", "PyTorch's defaults", "the same", 1, 0.97
+            else:
+                a, b = cell["ms"]
+                yield f"{work}: {cell['how']}", f"{a:.2f} ms", "PyTorch's defaults", f"{b:.2f} ms", b / a, 0.97
+        if lines.wait():
+            raise SystemExit("networks.py failed: run it by itself to see why")
+
     def evaluation(self) -> Iterator[tuple]:
         """The test split's 10,000 images and what is written of them."""
         ours, theirs = self.turns(
@@ -167,7 +190,7 @@ def unpack(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = ["whole", "training", "evaluation", "sweep", "start"]
+    rows = ["whole", "training", "networks", "evaluation", "sweep", "start"]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="which rows")
     parser.add_argument("--pairs", type=int, default=3, help="how often each of two is measured")
     parser.add_argument("--quick", action="store_true", help="a tenth of the batches; says how it works, not how fast")
@@ -179,7 +202,8 @@ def main() -> None:
     print(f"{chosen.pairs} pairs, load at the start {os.getloadavg()[0]:.1f}{quick}\n")
     print("| work | fmexp | against | its figure | ratio | at least |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        unpack(Path(scratch) / "data")
+        if {"whole", "evaluation", "sweep"} & set(chosen.rows):
+            unpack(Path(scratch) / "data")
         bench = Bench(Path(scratch), chosen.pairs, chosen.quick, chosen.device)
         for row in chosen.rows:
             for work, ours, against, theirs, ratio, least in getattr(bench, row)():

@@ -16,12 +16,12 @@ from fmexp.errors import ConfigError
 
 MemoryFormat = torch.memory_format
 
-# Below this many multiplications a convolution, calling oneDNN costs more than it saves (docs/performance.md).
-SMALL_CONVOLUTION = 1_000_000
-# From so many images on, oneDNN gains more by having the channels last than it loses.
-MANY_IMAGES = 16
-# Below this many multiplications a batch, a second thread costs more than it saves.
-SMALL_BATCH = 10_000_000
+# The numbers of the rules; docs/performance.md has what they were measured by.
+SMALL_CONVOLUTION = 1_500_000  # multiplications up to which calling oneDNN costs more than it saves
+MANY_IMAGES = 16  # from so many on native kernels lose, and oneDNN gains by having the channels last
+OUTPUTS_A_WEIGHT = 0.3  # of the convolutions; with fewer a batch both lose, for they handle the weights worse
+SMALL_BATCH = 10_000_000  # multiplications below which a second thread costs more than it saves,
+FEW_WEIGHTS = 2_000_000  # as long as there are no more weights to read and to update
 # From so many small batches on, compiling the step costs less than it saves.
 MANY_BATCHES = 200_000
 
@@ -92,29 +92,43 @@ def find_device(name: str) -> torch.device:
 
 
 def choose(
-    model: nn.Module, images: Tensor, batch_size: int, *, compiled: bool | str = False, steps: int = 0
+    model: nn.Module,
+    images: Tensor,
+    batch_size: int,
+    *,
+    kernels: str = "auto",
+    threads: str | int = "auto",
+    compiled: bool | str = False,
+    steps: int = 0,
 ) -> Backend:
     """The backend for batches of `batch_size` images like `images` [B, C, H, W], which stand on the device.
 
+    Where nothing speaks for another choice it is PyTorch's own: oneDNN, all threads, the plain order in memory.
+
     Args:
+        kernels: the convolutions' library: "onednn", "native", or "auto", by rule.
+        threads: how many, or "auto", by rule.
         compiled: whether to compile the training step; "auto" where `steps` batches pay for it.
     """
-    convolutions, linear = _multiplications(model, images)
-    scale = batch_size / len(images)
-    small = bool(convolutions) and scale * sum(convolutions) / len(convolutions) < SMALL_CONVOLUTION
-    one_thread = scale * (sum(convolutions) + linear) < SMALL_BATCH
+    layers = _layers(model, images, batch_size / len(images))
+    small = _is_small(model, layers)
+    cpu, many, outweighs = images.device.type == "cpu", batch_size >= MANY_IMAGES, _outweighs_weights(layers)
+    if kernels == "auto":
+        kernels = "native" if small and not many and outweighs and _suits_native(layers) else "onednn"
+    if threads == "auto":
+        threads = 1 if small else torch.get_num_threads()
     if compiled == "auto":
-        compiled = images.device.type == "cpu" and one_thread and steps >= MANY_BATCHES
-    onednn = torch._C._get_mkldnn_enabled() and not small
-    candidate = onednn and convolutions and batch_size >= MANY_IMAGES and images.device.type == "cpu" and not compiled
+        compiled = cpu and small and steps >= MANY_BATCHES
+    onednn = torch._C._get_mkldnn_enabled() and kernels == "onednn"
+    candidate = onednn and cpu and many and outweighs and not compiled
     return Backend(
         device=torch.cuda.get_device_name(images.device) if images.is_cuda else images.device.type,
-        threads=1 if one_thread else torch.get_num_threads(),
+        threads=int(threads),
         onednn=onednn,
         torch=str(torch.__version__),
         processor=torch.backends.cpu.get_cpu_capability(),
         compiled=bool(compiled),
-        channels_last=bool(candidate) and _takes_channels_last(model, images),
+        channels_last=candidate and _takes_channels_last(model, images),
     )
 
 
@@ -133,21 +147,67 @@ def _takes_channels_last(model: nn.Module, images: Tensor) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution or linear layer that was called, and how many numbers it returns for a batch."""
+
+    module: nn.Module
+    outputs: float
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight  # not a parameter where it is computed, as by weight_norm
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def multiplications(self) -> float:
+        return self.outputs * self.weight[0].numel()
+
+
 @torch.no_grad()
-def _multiplications(model: nn.Module, images: Tensor) -> tuple[list[int], int]:
-    """How many multiplications each convolution needs for a batch, and all linear layers together."""
-    convolutions: list[int] = []
-    linear: list[int] = []
+def _layers(model: nn.Module, images: Tensor, scale: float) -> list[_Layer]:
+    """The layers that the model calls for `scale` times as many images."""
+    layers: list[_Layer] = []
 
-    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
-        weight = module.get_parameter("weight")
-        (linear if isinstance(module, nn.Linear) else convolutions).append(output.numel() * weight[0].numel())
+    def called(module: nn.Module, inputs: object, output: Tensor) -> None:
+        layers.append(_Layer(module, scale * output.numel()))
 
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
+    kinds = (*_CONVOLUTIONS, nn.Linear)
+    hooks = [module.register_forward_hook(called) for module in model.modules() if isinstance(module, kinds)]
     try:
         model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return convolutions, sum(linear)
+    return layers
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _is_small(model: nn.Module, layers: list[_Layer]) -> bool:
+    """Whether the model does little for a batch: in these layers, and outside of them, where it cannot be counted.
+
+    Attention, recurrent layers and F.conv2d multiply by weights that are not of these layers.
+    """
+    seen = {id(layer.weight) for layer in layers}
+    complete = all(id(parameter) in seen for parameter in model.parameters() if parameter.dim() > 1)
+    few = sum(layer.weight.numel() for layer in layers) <= FEW_WEIGHTS
+    return complete and few and sum(layer.multiplications for layer in layers) < SMALL_BATCH
+
+
+def _suits_native(layers: list[_Layer]) -> bool:
+    """Whether all convolutions are small and without groups, which native kernels compute one after another."""
+    return all(
+        layer.module.groups == 1 and layer.multiplications <= SMALL_CONVOLUTION
+        for layer in layers
+        if isinstance(layer.module, _CONVOLUTIONS)
+    )
+
+
+def _outweighs_weights(layers: list[_Layer]) -> bool:
+    """Whether there are convolutions, and the images in them are large beside their weights."""
+    convolutions = [layer for layer in layers if isinstance(layer.module, _CONVOLUTIONS)]
+    weights = sum(layer.weight.numel() for layer in convolutions)
+    return bool(convolutions) and sum(layer.outputs for layer in convolutions) >= OUTPUTS_A_WEIGHT * weights

@@ -52,8 +52,9 @@ def build(cfg: DictConfig) -> Run:
     with eval_mode(model, cfg.seed):
         _check_model(cfg.model, model, images[:2], classes, given)
         steps = total_steps(cfg, dataset)
-        how = backend.choose(model, images[:2], cfg.train.batch_size, compiled=cfg.train.compile, steps=steps)
-        how_evaluated = backend.choose(model, images[:2], evaluation.BATCH)
+        few, keys, compiled = images[:2], cfg.backend, cfg.train.compile
+        how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
+        how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
     try:
         optimizer = build_optimizer(cfg.optimizer, model)
     except Exception as error:

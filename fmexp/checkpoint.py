@@ -48,6 +48,15 @@ def save(folder: Path, state: dict[str, Any], *, read_back: bool = False) -> Non
         file.write(sealed)
 
 
+def can_keep(part: Any) -> bool:
+    """Whether a checkpoint can hold what the `state_dict` of an object gives."""
+    try:
+        _unsealed(_sealed(part.state_dict()))
+    except Exception:  # whatever it, pickle and torch raise
+        return False
+    return True
+
+
 def load(folder: Path) -> dict[str, Any] | None:
     """The latest checkpoint that can be read, on the CPU, or None where there is none.
 

@@ -18,8 +18,11 @@ import fmexp
 from fmexp import config, folder, garbage, launcher, messages, sweep
 from fmexp.config import conf_dir, resolved
 from fmexp.errors import FmexpError
+from fmexp.stop import held_back
 
 log = logging.getLogger(__name__)
+
+DIVERGED = 3  # the exit status of a single run that diverged; an error is 1, a wrong flag 2, a signal 128 + its number
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -37,11 +40,15 @@ def run(cfg: DictConfig) -> float:
     try:
         if single:  # execute does so too, but after some seconds of importing torch; members were checked together
             config.check(cfg)
-        from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
+        with held_back():  # a signal's exception in the midst of torch's import aborts the process
+            from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
         garbage.watch()
         with beside_the_bar():
-            return execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
+            objective = execute(cfg, output_dir, hydra_files=files, resume_command=resume_command(output_dir, single))
+        if single and (folder.read_result(output_dir) or {}).get("status") == "diverged":
+            sys.exit(DIVERGED)
+        return objective
     except folder.HeldError:
         raise  # who holds the folder writes what comes of it
     except Exception as error:

@@ -44,7 +44,10 @@ _LIMITS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`."""
+    """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`.
+
+    `word` is what a whole number may be replaced by.
+    """
     return field(default=default, metadata=limits)
 
 
@@ -66,6 +69,12 @@ class Train:
 
 
 @dataclass
+class Backend:
+    kernels: str = limited("auto", one_of=("auto", "onednn", "native"))
+    threads: Any = limited("auto", word="auto", least=1, most=1024)  # with more, OpenMP ends the process
+
+
+@dataclass
 class Sweep:
     fail_fast: bool = False
     dry_run: bool = False
@@ -78,6 +87,7 @@ class Config:
     objective: str = "test/accuracy"
     resume: bool = True
     train: Train = field(default_factory=Train)
+    backend: Backend = field(default_factory=Backend)
     sweep: Sweep = field(default_factory=Sweep)
     dataset: Any = MISSING
     model: Any = MISSING
@@ -371,6 +381,8 @@ def _outside(value: Any, limits: dict[str, Any]) -> str | None:
             return "must be a finite number"
         if "one_of" in limits and one not in limits["one_of"]:
             return f"must be one of {', '.join(str(one).lower() for one in limits['one_of'])}"
+        if "word" in limits and type(one) is not int:
+            return None if one == limits["word"] else f"must be {limits['word']} or a whole number"
         for word, holds in _LIMITS.items():
             if word in limits and not holds(one, limits[word]):
                 return f"must be {'at ' if word in ('least', 'most') else ''}{word} {limits[word]}"
@@ -426,9 +438,20 @@ def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     """A run's row in HPARAMS: what was chosen of each group, and the settings of what is trained and how."""
     values = {group: tree[group]["_target_"].rpartition(".")[2] for group in ("dataset", "model", "optimizer")}
     for key, value in flat(tree).items():
+        if key.startswith("backend.") and value == "auto":
+            continue  # only what was chosen deserves a column
         if key.startswith(_HPARAMS) and not key.endswith("_target_") and key not in NOT_IN_DIGEST and value is not None:
             values[key] = value if isinstance(value, bool | int | float | str) else str(value)
     return values
 
 
-_HPARAMS = ("seed", "dataset.", "model.", "optimizer.", "train.epochs", "train.batch_size", "train.max_steps")
+_HPARAMS = (
+    "seed",
+    "dataset.",
+    "model.",
+    "optimizer.",
+    "backend.",
+    "train.epochs",
+    "train.batch_size",
+    "train.max_steps",
+)

@@ -3,7 +3,9 @@
 import importlib.metadata
 import logging
 import math
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -122,7 +124,7 @@ class _Execution:
     def _finish(self, status: str) -> float:
         run = self.run
         run.seconds += time.monotonic() - self.trainer.started
-        run.writer.add_scalar("seconds", run.seconds, run.step)
+        run.writer.add_scalar("wall_seconds", run.seconds, run.step)
         events.write_status(run.writer, status == "complete")
         events.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
@@ -143,16 +145,20 @@ class _Execution:
         data, cfg = run.dataset, run.cfg
         channels, height, width = data.input_shape
         settings = ", ".join(f"{k} {v}" for k, v in self.tree["optimizer"].items() if k != "_target_" and v)
-        log.info("data       %s", data.description or target(cfg.dataset))
-        log.info("           %s training + %s test images of %dx%dx%d, %d classes", f"{datasets.length(data.train):,}",
-                 f"{datasets.length(data.test):,}", channels, height, width, len(data.classes))  # fmt: skip
-        log.info(
-            "model      %s, %s parameters", target(cfg.model), f"{sum(p.numel() for p in run.model.parameters()):,}"
+        stages = ", ".join(f"{stage.name} ({stage.on})" for stage in run.stages)
+        images = " + ".join(
+            f"{datasets.length(part):,} {name}" for part, name in ((data.train, "training"), (data.test, "test"))
         )
-        log.info("optimizer  %s, %s", target(cfg.optimizer), settings)
-        log.info("training   %s batches of %d, %s", f"{total_steps(cfg, data):,}", cfg.train.batch_size, run.backend)
-        log.info("stages     %s", ", ".join(f"{stage.name} ({stage.on})" for stage in run.stages) or "none")
-        log.info("folder     %s", shown(self.output_dir))
+        for name, text in (
+            ("data", data.description or target(cfg.dataset)),
+            ("", f"{images} images of {channels}x{height}x{width}, {len(data.classes)} classes"),
+            ("model", f"{target(cfg.model)}, {sum(p.numel() for p in run.model.parameters()):,} parameters"),
+            ("optimizer", f"{target(cfg.optimizer)}, {settings}"),
+            ("training", f"{total_steps(cfg, data):,} batches of {cfg.train.batch_size}, {run.backend}"),
+            ("stages", stages or "none"),
+        ):
+            log.info("%s", _column(name, text))
+        log.info("folder     %s", shown(self.output_dir))  # in one piece, to be copied
         if resumed:
             log.info("going on from the checkpoint at step %d", run.step)
 
@@ -172,6 +178,17 @@ class _Execution:
         log.info(
             "written to %s; see it with\n  tensorboard --logdir %s", shown(self.output_dir), _logdir(self.output_dir)
         )
+
+
+def _column(name: str, text: str) -> str:
+    """A name and, beside it, a text that goes on below its beginning where it is wider than the terminal."""
+    width = max(shutil.get_terminal_size((100, 24)).columns, 40)  # 100 where the output is a file
+    text = text.replace(" (", "\N{NO-BREAK SPACE}(")  # what stands in brackets stays with what it belongs to
+    lines = textwrap.fill(
+        text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def versions() -> dict[str, str]:

@@ -62,8 +62,9 @@ class Grid(Sweeper):
         with Progress(sum(map(len, batches)), self.objective) as self.launcher.progress:
             for batch in batches:
                 returned.append(self.launcher.launch(batch, sum(map(len, returned))))
-        for member in (member for batch in returned for member in batch):
-            _ = member.return_value  # raises the error of one that failed
+        members = [member for batch in returned for member in batch]
+        if without := sum(member.status != JobStatus.COMPLETED for member in members):
+            raise FmexpError(f"{without} of {len(members)} members have no result; the same command goes on with them.")
         return returned
 
 

@@ -22,6 +22,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from fmexp import folder
+from fmexp.stop import held_back
 
 
 @dataclass
@@ -129,7 +130,8 @@ def prepare_data(members: list[Member]) -> None:
     """Download and check each dataset once, before many processes want it; the folder's error comes once, too."""
     for node in {str(member.cfg.dataset): member.cfg.dataset for member in members}.values():
         if "root" in node:
-            from fmexp.datasets import load  # and torch, which is not wanted otherwise
+            with held_back():  # a signal's exception in the midst of torch's import aborts the process
+                from fmexp.datasets import load  # and torch, which is not wanted otherwise
 
             load(node)
 

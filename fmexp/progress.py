@@ -18,6 +18,7 @@ from fmexp import folder, results, sweep
 
 log = logging.getLogger(__name__)
 
+ENDED = ("complete", "diverged", "failed")
 DETAILS = 12  # last lines of the log of a member that failed
 EVERY_S = 60  # seconds between two lines on the whole sweep, where there is no bar
 NAME = 50  # letters of a folder's name that lines are aligned to
@@ -114,7 +115,7 @@ class Progress:
             log.log(level, words)
 
     def _note(self, result: results.Result) -> None:
-        self.members[result.folder] = result.status
+        self.members[result.folder] = result.status if result.status in ENDED else ""
         if math.isnan(result.objective):
             return
         sign = 1 if sweep.maximised(self.objective) else -1
@@ -124,10 +125,14 @@ class Progress:
     def _line(self, result: results.Result) -> str:
         """What is said of a member that has ended."""
         width = min(NAME, max(len(path.name) for path in self.members))
-        line = f"[{self.ended_members:{len(str(self.total))}}/{self.total}] {result.folder.name:{width}}  "
+        count = f"[{self.ended_members:{len(str(self.total))}}/{self.total}]"
+        if result.status not in ENDED:
+            count = " " * len(count)
+        line = f"{count} {result.folder.name:{width}}  "
         if result.status == "failed":
             details = (result.folder / "fmexp.log").read_text(errors="replace").splitlines()[-DETAILS:]
             error = (result.error.splitlines() or [""])[0]
+            details = [] if details == [error] else details
             return "\n".join([f"{line}failed: {error}", *(f"    {detail}" for detail in details)])
         line += f"{self.objective} {result.objective:.4f}" if result.status == "complete" else result.status
         if result.status in ("complete", "diverged"):

@@ -3,7 +3,7 @@
 In short:
 
     run = fmexp.read("runs/2026-01-31/12-00-00-000000")
-    run.status, run.objective, run.scalars["train/loss"], run.images["predictions vs. actuals"]
+    run.status, run.objective, run.scalars["train/loss"], run.images["view/predictions"]
 """
 
 import io

@@ -35,20 +35,13 @@ def run(
 
     A job that is put back into the queue resumes from where it was. The jobs go on if this process ends.
     """
-    import submitit
-
     garbage.watch()
     jobs = _submitted(root)
     queued = _queue()
     new = [member for member in members if jobs.get(member.folder.name) not in queued]
     with ended_by_signals():
         if new:
-            prepare_data(new)
-            executor = submitit.AutoExecutor(root / FOLDER / "%j", "slurm", **_constructor(options))
-            executor.update_parameters(name="fmexp", **_parameters(options))
-            contexts = [hydra_context] * len(new)
-            submitted = executor.map_array(SlurmJob(), [member.cfg for member in new], contexts)
-            jobs |= {member.folder.name: job.job_id for member, job in zip(new, submitted, strict=True)}
+            jobs |= _submit(root, new, options, hydra_context)
             disk.write(root / FOLDER / JOBS, json.dumps(jobs))
         ours = {jobs[member.folder.name] for member in members}
         numbers = ", ".join(sorted({job.split("_")[0] for job in ours}))
@@ -70,6 +63,17 @@ def run(
             fail(member, f"its Slurm job {jobs[member.folder.name]} ended without a result (see {root / FOLDER})")
         if progress.members[member.folder] == "":
             progress.ended(member.folder)
+
+
+def _submit(root: Path, members: list[Member], options: DictConfig, hydra_context: HydraContext) -> dict[str, str]:
+    """Hand members to Slurm as a job array; returns the job of each, by the name of its folder."""
+    import submitit
+
+    prepare_data(members)
+    executor = submitit.AutoExecutor(root / FOLDER / "%j", "slurm", **_constructor(options))
+    executor.update_parameters(name="fmexp", **_parameters(options))
+    submitted = executor.map_array(SlurmJob(), [member.cfg for member in members], [hydra_context] * len(members))
+    return {member.folder.name: job.job_id for member, job in zip(members, submitted, strict=True)}
 
 
 class SlurmJob:

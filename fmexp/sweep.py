@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ SHOWN = 100  # how many members the console's table has at most
 SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
 # What remains longest in a narrow terminal, after the objective; other metrics go first.
 FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2, "test/accuracy/best": 3}
+STATUSES = ("complete", "diverged", "failed", "running", "interrupted", "not begun")
 WRITTEN = ("sweep.csv", "replicates.csv", "sweep.png", "sweep.svg")
 
 
@@ -122,7 +123,14 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     always = ("dataset", "model", "optimizer", "seed")
     shown = [name for name in names if name in always or len(values[name]) > 1 or any(name not in row for row in rows)]
     first = next(iter(trees.values()))
-    tags = (first["objective"], "test/accuracy", "test/accuracy/best", "test/loss", first["train"]["tag"], "seconds")
+    tags = (
+        first["objective"],
+        "test/accuracy",
+        "test/accuracy/best",
+        "test/loss",
+        first["train"]["tag"],
+        "wall_seconds",
+    )
     metrics = [hp.Metric(tag) for tag in dict.fromkeys(tags)]
     summary = hp.hparams_config_pb([hp.HParam(name) for name in shown], metrics)
     plugin_data = summary.value[0].metadata.plugin_data
@@ -199,17 +207,21 @@ def replicates(root: Path, members: Sequence[Member], digits: int | None = 4) ->
 def fitted(rows: list[list[str]], width: int, objective: str) -> tuple[list[list[str]], list[str]]:
     """A table of `table` that is at most `width` letters wide, where that can be had, and the columns that it lost.
 
-    First the folder's name is shortened, which begins with its number; then metrics go, the objective last.
+    First the folder's name is shortened, which begins with its number; then keys go that are the same in all rows, as
+    in those of one member, and then metrics, but not the objective.
     """
     rows = [list(row) for row in rows]
     shortest = min(max(len(row[-1]) for row in rows), SHORTEST_FOLDER)
-    metrics = [name for name in rows[0][:-3] if "/" in name and name != objective]
-    lost = []
-    for name in sorted(metrics, key=lambda name: (name not in FIRST_METRICS, FIRST_METRICS.get(name, 0)), reverse=True):
+    at = {name: place for place, name in enumerate(rows[0][:-3])}
+    metrics = [name for name in at if "/" in name and name != objective]
+    metrics.sort(key=lambda name: (name not in FIRST_METRICS, FIRST_METRICS.get(name, 0)), reverse=True)
+    same = [name for name, place in at.items() if "/" not in name and len({row[place] for row in rows[1:]}) == 1]
+    lost: list[str] = []
+    for name in [*same, *metrics]:
         if _width(rows) - max(len(row[-1]) for row in rows) + shortest <= width:
             break
-        at = rows[0].index(name)
-        rows = [row[:at] + row[at + 1 :] for row in rows]
+        place = rows[0].index(name)
+        rows = [row[:place] + row[place + 1 :] for row in rows]
         lost.append(name)
     room = max(shortest, width - (_width(rows) - max(len(row[-1]) for row in rows)))
     return [[*row[:-1], row[-1] if len(row[-1]) <= room else f"{row[-1][: room - 1]}…"] for row in rows], lost
@@ -242,17 +254,13 @@ def conclude(root: Path, not_begun: int = 0) -> str:
     disk.write(root / "sweep.svg", drawing)
     rows = table(root, members)
     _write_summary(root, rows, picture)
-    counts: dict[str, int] = defaultdict(int)
-    for member in members:
-        counts[member.status] += 1
-    if not_begun:
-        counts["not begun"] = not_begun
+    counts = Counter(member.status for member in members) + Counter({"not begun": not_begun})
     failures = [
         f"failed: {member.folder.name}: {(member.error.splitlines() or [''])[0]} (more in its fmexp.log)"
         for member in members
         if member.status == "failed"
     ]
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    said = ", ".join(f"{counts[name]} {name}" for name in STATUSES if counts[name])
     files = ", ".join(name for name in WRITTEN if (root / name).is_file())
     return "\n".join(
         [*_printed(root, rows, groups), "", *failures, f"{sum(counts.values())} members: {said}",

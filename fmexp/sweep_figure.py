@@ -1,6 +1,6 @@
 """A sweep's picture: the objective against what varies, the best of it marked, and the learning curves.
 
-A grid of up to four keys has its main key on x, a line for each value of the second, a column of panels for each of the
+A grid of up to four keys has its main key on x, a line for each value of the next, a column of panels for each of the
 third and a row for each of the fourth. A search, or a larger grid, has a panel for each key. Members that differ in
 their seed alone are one point with an error bar, one curve with a band. Matplotlib is imported when something is drawn.
 """
@@ -32,6 +32,7 @@ STYLE = {
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito's
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 DPI = 200
+CURVES = 5.0  # inches, of the learning curves with their legend
 MOST_PANELS, MOST_LINES, MOST_SLICES = 12, 12, 8  # of keys with more values, each gets a panel of its own
 MOST_NAMES = 8  # in a legend or at an axis
 
@@ -61,8 +62,8 @@ def draw(picture: Picture) -> Any:
     if picture.search or len(picture.keys) > 4 or panels > MOST_PANELS or _count(lines) > MOST_LINES:
         return _title(_draw_slices(picture), picture)
     width, height = 4.2 if panels == 1 else 2.9 * _count(columns), 3.6 if panels == 1 else 0.9 + 2.3 * _count(rows)
-    figure = Figure(figsize=(width + 4.4, max(height, 3.6)), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[width, 4.4])[0]
+    figure = Figure(figsize=(width + CURVES, max(height, 3.6)), layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[width, CURVES])[0]
     axes = left.subplots(_count(rows), _count(columns), sharex=True, sharey=True, squeeze=False)
     for (row, column), axis in np.ndenumerate(axes):
         of_panel = {key.name: key.names[at] for key, at in ((columns, column), (rows, row)) if key}
@@ -192,12 +193,12 @@ def _name_colors(axis: Any, main: Key, dashed: Key | None) -> None:
     handles = [Line2D([], [], color=color, label=name[:20]) for name, color in named[:MOST_NAMES]]
     if dashed:
         handles += [
-            Line2D([], [], color="0.3", linestyle=dash, label=name)
+            Line2D([], [], color="0.3", linestyle=dash, label=f"{dashed.name}={name[:20]}")
             for name, dash in zip(dashed.names, DASHES, strict=False)
         ]
-    if handles:
-        names = [main.name] if named else []
-        axis.legend(handles=handles, title=", ".join([*names, *([dashed.name] if dashed else [])]))
+    if handles:  # beside the curves, which leave no room among them
+        title = main.name if named else None
+        axis.legend(handles=handles, title=title, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
 def _mark_best(axis: Any, place: float, value: float) -> None:
@@ -241,9 +242,11 @@ def _label_axis(axis: Any, key: Key) -> None:
 
 def _colors(key: Key) -> list[Any]:
     """A color for each value: along a scale for numbers."""
+    from matplotlib.colors import to_hex
+
     if not key.numeric or len(key.names) < 3:
         return [COLORS[number % len(COLORS)] for number in range(len(key.names))]
-    return list(_colormap()(_norm(key)(list(key.places.values()))))
+    return [to_hex(color) for color in _colormap()(_norm(key)(list(key.places.values())))]
 
 
 def _norm(key: Key) -> Any:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fmexp import checkpoint, datasets, events, randomness
 from fmexp.engine.compile import compile_step
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
+from fmexp.engine.extra_state import ExtraState
 from fmexp.engine.step import Step, train_step
 from fmexp.errors import first_line
 from fmexp.run import Run, eval_mode, steps_per_epoch, total_steps
@@ -60,6 +61,7 @@ class Trainer:
         self.started = time.monotonic()
         self.saved, self.save_seconds = self.started, 0.05  # when the last checkpoint was written, and how long it took
         self.first_save = True
+        self.extra = ExtraState(run.model, run.optimizer)
 
     def fit(self) -> None:
         """Train to the end.
@@ -176,6 +178,7 @@ class Trainer:
             "seconds": run.seconds + time.monotonic() - self.started,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "extra": self.extra.state_dict(),
             "random": randomness.capture(),
             "backend": asdict(run.backend),
         }
@@ -190,6 +193,7 @@ class Trainer:
         for saved, group in zip(state["optimizer"].get("param_groups", ()), run.optimizer.param_groups, strict=False):
             saved.update({name: group[name] for name in ("fused", "capturable") if name in group})  # of this device
         run.optimizer.load_state_dict(state["optimizer"])
+        self.extra.load_state_dict(state.get("extra", {}))
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
         run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]

@@ -4,6 +4,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# The tests are many short runs, as many at once as there are cores: one thread each, here and in all that they start.
+# It has to be said before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tools import read_events, small

@@ -84,7 +84,7 @@ def test_a_captured_run_is_the_plain_one_to_the_bit(
     ran = [read_events(tmp_path / name) for name in ("plain", "graph")]
     for tag in ("train/loss", "test/loss", "test/accuracy"):
         assert scalars(ran[0], tag) == scalars(ran[1], tag)
-    figures = [[image.encoded_image_string for image in one.Images("predictions vs. actuals")] for one in ran]
+    figures = [[image.encoded_image_string for image in one.Images("view/predictions")] for one in ran]
     assert figures[0] == figures[1], "run.batch is the batch"
     whole = 66 // small(*settings).train.batch_size * 2
     assert (recorder.recorded, recorder.replays) == (1, whole - cuda_graph.WARM_UP)

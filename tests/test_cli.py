@@ -1,6 +1,7 @@
 """The program as people call it: help without torch, runs and sweeps in folders of their own, own code, going on."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from program import finish as finished
 from tools import SMALL, read_events, scalars, weights, write_idx_splits
 
 import fmexp
-from fmexp import cli, compose
+from fmexp import cli, compose, execute
 from fmexp.build import build
 from fmexp.config import conf_dir, resolved
 from fmexp.run import Run
@@ -266,6 +267,26 @@ def test_progress_bar_on_a_terminal_and_log_lines_elsewhere(side_by_side: SideBy
     assert "/16 [" not in side_by_side.piped.out
 
 
+@pytest.mark.parametrize("width", [45, 80, 300])
+def test_the_announcement_goes_on_below_its_column(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    stages = [f"stage.{name}.enabled=true" for name in ("image_grid", "predictions", "confusion_matrix")]
+    done = call(*QUICK, *stages, "optimizer=adamw", "hydra.run.dir=run", cwd=tmp_path)
+    lines = done.out.splitlines()
+    heads = ("data", "model", "optimizer", "training", "stages", "folder")
+    begins = [next(i for i, line in enumerate(lines) if line.startswith(f"{head:<11}")) for head in heads]
+    assert begins == sorted(begins)
+    announced = {head: lines[i:j] for head, i, j in zip(heads, begins, [*begins[1:], begins[-1] + 1], strict=True)}
+    assert all(len(line) <= width for part in announced.values() for line in part)
+    assert all(re.match(r" {11}\S", line) for part in announced.values() for line in part[1:])
+    items = [item for line in announced["stages"] for item in line[11:].removesuffix(",").split(", ")]
+    moments = {"image_grid": "start", "predictions": "log", "per_class_accuracy": "end", "confusion_matrix": "end"}
+    assert items == [f"{name} ({moment})" for name, moment in moments.items()]  # none of them is on two lines
+    settings = "AdamW, lr 0.001, betas [0.9, 0.999], eps 1e-08, weight_decay 0.01"
+    assert " ".join(line[11:] for line in announced["optimizer"]) == settings
+    assert (len(announced["stages"]) > 1) == (width < 90)
+
+
 def test_data_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx_splits(tmp_path / "my data", "FashionMNIST")
     monkeypatch.setenv("FMEXP_DATA", str(tmp_path / "my data"))
@@ -283,6 +304,26 @@ def test_any_other_optimizer_of_torch() -> None:
     optimizer = build(compose([*SMALL, *words, "+optimizer.lr_decay=0.1"])).optimizer
     assert type(optimizer) is torch.optim.Adagrad
     assert (optimizer.defaults["lr"], optimizer.defaults["lr_decay"]) == (0.5, 0.1)
+
+
+DIVERGES = (*QUICK, "optimizer.lr=1e10", "train.max_steps=16", "hydra.run.dir=run")
+
+
+def test_a_run_that_diverged_has_an_exit_status_of_its_own_again_and_again(tmp_path: Path) -> None:
+    done = run(*DIVERGES, cwd=tmp_path)
+    assert (done.status, done.err) == (cli.DIVERGED, "")
+    assert "the run diverged" in done.out
+    again = call(*DIVERGES, cwd=tmp_path)
+    assert (again.status, again.err) == (3, "")
+    assert "run is diverged already; nothing is trained" in again.out
+    assert result(tmp_path / "run")["status"] == "diverged"
+    assert math.isnan(execute(compose(DIVERGES[:-1]), tmp_path / "run"))
+
+
+def test_the_exit_status_is_documented(help_text: str) -> None:
+    assert f"{cli.DIVERGED} the run\n" in help_text.partition("Exit status: ")[2]
+    assert f"{cli.DIVERGED} where a single run diverged" in (CHECKOUT / "README.md").read_text()
+    assert f"exit status {cli.DIVERGED};" in (CHECKOUT / "docs" / "reliability.md").read_text()
 
 
 # Sweeps

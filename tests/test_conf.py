@@ -291,9 +291,9 @@ def test_a_new_run_tells_tensorboard_to_forget_whatever_was_there(tmp_path: Path
 def test_light_logging_leaves_scalars_alone(tmp_path: Path) -> None:
     execute(small("train.max_steps=4", "logging=light"), tmp_path)
     tags = read_events(tmp_path).Tags()
-    assert {"train/loss", "test/loss", "test/accuracy", "per_class_accuracy/Bag"} <= set(tags["scalars"])
+    assert {"train/loss", "test/loss", "test/accuracy", "within_class_accuracy/Bag"} <= set(tags["scalars"])
     assert (tags["images"], tags["graph"]) == ([], False)
-    assert not {"images", *datasets.GARMENTS} & set(tags["tensors"])
+    assert not {"view/images", *datasets.GARMENTS} & set(tags["tensors"])
     assert not list(tmp_path.rglob("*.tsv"))
 
 

@@ -7,8 +7,10 @@ executed here is in NOT_HERE.
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,16 +22,17 @@ import numpy as np
 import pytest
 from PIL import Image
 from program import CHECKOUT, call, environment
+from program import run as run_program
 from tools import write_idx_splits
 
 from fmexp import read, sweep
 
-pytestmark = pytest.mark.slow
-
+BASH = shutil.which("bash") or ""
+SCRIPT = Path(sys.executable).with_name("fmexp")
 DOCS = CHECKOUT / "docs"
 PAGES = [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))]
 SWEPT = "multirun/2026-01-31/12-00-00"
-PLACES = {"multirun/<date>/<time>": SWEPT, "<folder>": SWEPT, "<partition>": "main"}
+PLACES = {"multirun/<date>/<time>": SWEPT, "<folder>": SWEPT, "runs/<date>": SWEPT, "<partition>": "main"}
 
 # A word of a command -> what is added so that nothing is trained, and why.
 NOT_HERE = {
@@ -84,12 +87,12 @@ def blocks(page: Path) -> list[Block]:
 
 def lines(page: Path) -> Iterator[list[str]]:
     """The commands, whatever the program, that stand on lines of their own, as words."""
-    programs = r"(\w+=\S+ )*(\S*/)?(python3?|fmexp|tensorboard|pip|pytest) "
+    programs = r"((?:\w+=\S+ )*)((\S*/)?(python3?|fmexp|tensorboard|pip|pytest) .*)"
     for block in blocks(page):
         if block.language in ("", "sh"):
             for line in block.text.replace("\\\n", " ").splitlines():
-                if re.match(programs, f"{line} "):
-                    words = shlex.split(line, comments=True)
+                if command := re.match(programs, f"{line} "):
+                    words = shlex.split(command[2], comments=True)  # without the variables before it
                     while "&&" in words:
                         yield words[: words.index("&&")]
                         words = words[words.index("&&") + 1 :]
@@ -116,10 +119,14 @@ def commands(page: Path) -> Iterator[Command]:
             yield Command(page.name, words[2], tuple(words[3:]))
 
 
+OWN = "--config-dir"
+QUESTIONS = "how_do_i.md"  # has commands of other pages, without their files
+
+
 def once(found: Iterator[Command]) -> list[Command]:
     """Each command once, even if several pages have it; but words of one's own mean something else on each page."""
-    own = "--config-dir"
-    return list({(c.module, c.words, c.page if own in c.words else ""): c for c in found}.values())
+    own = (c for c in found if OWN not in c.words or c.page != QUESTIONS)
+    return list({(c.module, c.words, c.page if OWN in c.words else ""): c for c in own}.values())
 
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -144,9 +151,10 @@ def test_there_is_something_to_execute() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 24 + 12 random images as Fashion-MNIST."""
+    """A folder with 24 + 12 random images as Fashion-MNIST and as MNIST."""
     root = tmp_path_factory.mktemp("data")
     write_idx_splits(root, "FashionMNIST")
+    write_idx_splits(root, "MNIST")
     return root
 
 
@@ -156,6 +164,7 @@ def here(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setenv("FMEXP_DATA", str(data))
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(data)  # where a download would be
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("mine", None)
     yield tmp_path
@@ -164,8 +173,11 @@ def here(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def write_own(page: Path, folder: Path) -> None:
     """Write what a page says to write, mine.py and my_conf/, and some data for it."""
-    module = [block.text for block in blocks(page) if block.language == "python" and "execute(" not in block.text]
-    (folder / "mine.py").write_text("\n\n".join(module))
+    code = [block.text for block in blocks(page) if block.language == "python" and "execute(" not in block.text]
+    (folder / "mine.py").write_text("\n\n".join(text for text in code if "np.savez" not in text))
+    for text in code:
+        if "np.savez" in text:  # a file that the page makes, in the current folder
+            exec(compile(text, page.name, "exec"), {})
     for block in (block for block in blocks(page) if block.language == "yaml"):
         (name, *_) = re.findall(r"^# (my_conf/\S+\.yaml)$", block.text, re.MULTILINE) or reversed(
             re.findall(r"`(my_conf/\S+\.yaml)`", block.above)
@@ -173,16 +185,12 @@ def write_own(page: Path, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(block.text)
     rng = np.random.default_rng(0)
-    arrays = {}
     for split, count in (("train", 24), ("test", 12)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 1, 28, 28), np.uint8)
-        arrays[f"{split}_labels"] = np.arange(count) % 2
         for name in ("cat", "dog"):
             (folder / "photos" / split / name).mkdir(parents=True)
             for number in range(count // 2):
                 pixels = rng.integers(0, 256, (40, 30, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / "photos" / split / name / f"{number}.png")
-    np.savez(folder / "arrays.npz", **arrays)
 
 
 def placed(words: tuple[str, ...]) -> list[str]:
@@ -220,7 +228,7 @@ def members(words: list[str]) -> int:
 def assert_complete(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["failures"]) == ("complete", {}), result
-    assert 1 <= result["steps"] <= 4
+    assert 1 <= result["steps"] <= 16  # an epoch of what smaller() leaves
     assert result["objective"] == result["metrics"]["test/accuracy"]
     assert read(folder).scalars["test/accuracy"]
 
@@ -230,7 +238,7 @@ def test_command(command: Command, here: Path) -> None:
     words = placed(command.words)
     if any("optuna" in word for word in words):
         words.append(f"hydra.sweeper.n_trials={MEMBERS['optuna']}")
-    if "--config-dir" in words:
+    if OWN in words:
         (page,) = (page for page in PAGES if page.name == command.page)
         write_own(page, here)
     added = [NOT_HERE[word][0] for word in words if word in NOT_HERE]
@@ -331,6 +339,51 @@ def test_from_python_is_tested_of_each_page_that_has_it() -> None:
     assert [page.name for page in PAGES if "## From Python" in page.read_text()] == ["README.md", "own.md", "sweeps.md"]
 
 
+def test_questions_about_parts_of_ones_own_are_answered_where_the_files_are() -> None:
+    ours = [command for command in ALL if command.page == QUESTIONS and OWN in command.words]
+    assert len(ours) >= 4
+    for command in ours:
+        assert command.words in [other.words for other in ALL if other.page != QUESTIONS], command
+
+
+def test_results_are_read_from_python_as_the_questions_say(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = DOCS / QUESTIONS
+    small = [*QUICK, *DRAWN, "dataset=synthetic"]
+    assert call(*small, "hydra.run.dir=runs/first", cwd=here).status == 0
+    assert call("-m", *small, "seed=1,2", f"hydra.sweep.dir={SWEPT}", cwd=here).status == 0
+    (results, best, gpu) = [placed(tuple(words))[2] for words in lines(page) if words[:2] == ["python", "-c"]]
+    run = read("runs/first")
+    exec(results, {})
+    assert capsys.readouterr().out == f"complete {run.metrics}\n"
+    exec(best, {})
+    first, second = sweep.read(SWEPT)
+    assert capsys.readouterr().out == f"{(second if second.objective > first.objective else first).folder}\n"
+    exec(gpu, {})
+    assert set(capsys.readouterr().out.split()) <= {"True", "False"}
+    (weights,) = (block.text for block in blocks(page) if block.language == "python")
+    space: dict[str, Any] = {}
+    exec(compile(weights, page.name, "exec"), space)
+    assert not space["model"].training
+    assert space["model"].fc3.out_features == 10
+
+
+@pytest.mark.skipif(not SCRIPT.is_file() or not BASH, reason="needs fmexp installed (pip install -e .), and bash")
+def test_tab_completes_keys_and_options_in_bash(tmp_path: Path) -> None:
+    (install,) = re.findall(r"^ {4}(eval .*)$", (DOCS / QUESTIONS).read_text(), re.MULTILINE)
+    line = "fmexp optimizer=adam stage.projector.im"
+    script = f"""{install}
+        COMP_LINE="{line}" COMP_POINT={len(line)} COMP_CWORD=2
+        hydra_bash_completion
+        echo "${{COMPREPLY[@]}}"
+        complete -p fmexp"""
+    env = environment(PATH=f"{SCRIPT.parent}:{os.environ['PATH']}")
+    done = run_program(cwd=tmp_path, command=(BASH, "-c", script), env=env)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.splitlines() == [
+        "stage.projector.images=", "complete -o default -o nospace -F hydra_bash_completion fmexp"
+    ]  # fmt: skip
+
+
 # Links
 
 
@@ -361,6 +414,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_linked(page: Path) -> None:
     others = [other for other in LINKED if other != page]
     assert any(page == (other.parent / link).resolve() for other in others for link in links(other))
+
+
+def test_every_picture_that_is_made_is_small_and_shown() -> None:
+    made = re.search(r"^TABS.*?= \((.*?)^\)", (DOCS / "pictures.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert made
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    for name in re.findall(r"\w+", made[1]):
+        picture = DOCS / "pictures" / f"{name}.png"
+        assert picture in shown
+        assert picture.stat().st_size <= 60_000
 
 
 # The reference

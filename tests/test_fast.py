@@ -229,7 +229,7 @@ def test_a_reused_figure_draws_the_pixels_of_a_fresh_one(run_small: Callable[...
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predictions, "_blank", predictions._blank.__wrapped__)
         _, fresh = run_small(*only, name="fresh")
-    tag = "predictions vs. actuals"
+    tag = "view/predictions"
     pictures = [image.encoded_image_string for image in reused.Images(tag)]
     assert len(pictures) == 4
     assert pictures == [image.encoded_image_string for image in fresh.Images(tag)]

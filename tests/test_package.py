@@ -3,7 +3,9 @@ that the extra `test` has all that the tests need; and that every source file sa
 
 import ast
 import email
+import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -54,11 +56,11 @@ class Installed(NamedTuple):
         return run(*words[1:], cwd=cwd, command=(str(self.python.with_name(words[0])),), env=env)
 
 
-def built(kind: str, folder: Path) -> Path:
+def built(kind: str, folder: Path, project: Path = CHECKOUT) -> Path:
     """The wheel or the sdist, built by the hook that pip calls."""
     build = f"import sys, hatchling.build; print(hatchling.build.build_{kind}(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", build, str(folder)], cwd=CHECKOUT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", build, str(folder)], cwd=project, capture_output=True, text=True, check=True
     )
     assert [path.name for path in folder.iterdir()] == done.stdout.split()
     return folder / done.stdout.strip()
@@ -148,6 +150,14 @@ def test_the_extra_test_installs_all_that_is_imported(metadata: Message) -> None
     assert not missing
 
 
+def test_pytest_takes_all_cores_with_one_thread_each_and_leaves_out_the_slow_tests(
+    pytestconfig: pytest.Config,
+) -> None:
+    words = pytestconfig.getini("addopts")
+    assert {("-n", "auto"), ("--dist", "worksteal"), ("-m", "not slow")} <= set(itertools.pairwise(words))
+    assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
+
+
 def test_no_text_installs_fmexp_from_an_index() -> None:
     """It is in none: `pip install` names a checkout, or the package that is missing."""
     texts = [*SOURCES, *OTHERS, *CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").glob("*.*"), OWN_PROJECT / "README.md"]
@@ -163,6 +173,24 @@ def test_sdist_holds_what_the_tests_need(tmp_path: Path) -> None:
     hidden = [CHECKOUT / name for name in (".ci/run", ".gitignore", ".pre-commit-config.yaml", "multirun/.gitignore")]
     assert names >= {shown(path) for path in (*PACKAGE, *CONF, *OTHERS, *docs, *texts, *hidden)}
     assert not [name for name in names if re.search(r"__pycache__|(^|/)(runs|data|\.venv|\.\w+_cache)/|tfevents", name)]
+
+
+def test_sdist_leaves_out_what_runs_write(tmp_path: Path) -> None:
+    project, out = tmp_path / "project", tmp_path / "out"
+    for name in ("fmexp", "conf"):
+        shutil.copytree(CHECKOUT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "multirun").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "multirun/.gitignore"):
+        shutil.copy(CHECKOUT / name, project / name)
+    kept = {str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()}
+    for place in (".", "docs", "examples/own_project"):
+        for folder in ("runs/notebook", "runs/2026-01-31/12-00", "multirun/2026-01-31/0_seed-1", "multirun/mine/0"):
+            (project / place / folder).mkdir(parents=True)
+            (project / place / folder / "result.json").write_text("{}")
+    out.mkdir()
+    with tarfile.open(built("sdist", out, project)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names == kept | {"PKG-INFO"}
 
 
 def test_program_of_the_wheel(installed: Installed, tmp_path: Path) -> None:
@@ -217,7 +245,7 @@ def test_own_dataset_model_and_stage_with_the_wheel(installed: Installed, own_pr
     assert scalars(events, "weights/norm") == [(150, pytest.approx(norm))]
     assert result["metrics"]["weights/norm"] == pytest.approx(norm)
     assert {"along", "across"} <= set(events.Tags()["tensors"]), "a PR curve for each class"
-    assert scalars(events, "per_class_accuracy/along")
+    assert scalars(events, "within_class_accuracy/along")
 
 
 @pytest.mark.parametrize("command", commands_of_the_example()[1:])

@@ -65,11 +65,11 @@ def test_a_complete_run(run_small: Callable[..., tuple[Path, EventAccumulator]])
     assert [step for step, _ in run.scalars["train/loss"]] == [4, 8, 12, 16]
     assert run.scalars["train/loss"][-1][1] == pytest.approx(run.metrics["train/loss"])
     assert {tag: [step for step, _ in found] for tag, found in run.images.items()} == {
-        "images": [0],
-        "predictions vs. actuals": [4, 8, 12, 16],
-        "confusion_matrix": [16],
+        "view/images": [0],
+        "view/predictions": [4, 8, 12, 16],
+        "view/confusion_matrix": [16],
     }
-    assert run.images["predictions vs. actuals"][0][1].size == (1200, 300)
+    assert run.images["view/predictions"][0][1].size == (700, 230)
 
 
 def test_every_point_is_there_and_has_its_value(begun: Path) -> None:
@@ -93,7 +93,7 @@ def test_every_picture_is_there_and_has_its_pixels(begun: Path) -> None:
 
 def test_pictures_one_by_one(run_small: Callable[..., tuple[Path, EventAccumulator]]) -> None:
     path, _ = run_small("stage.image_grid.layout=images", "stage.image_grid.images=3", "train.max_steps=1")
-    found = results.read(path).images["images"]
+    found = results.read(path).images["view/images"]
     assert [(step, image.size, image.mode) for step, image in found] == [(0, (28, 28), "L")] * 3
     assert len({image.tobytes() for _, image in found}) == 3
 

@@ -1,12 +1,13 @@
 """Stages: what each wrote, read back and compared with the data; and that none of them disturbs the training."""
 
 import io
+import itertools
 import json
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,6 +87,7 @@ class Drawn:
     title: str
     colour: str
     image: NDArray[np.float64]
+    place: tuple[float, float, float, float]  # left, bottom, width and height, as shares of the figure
     texts: dict[tuple[int, int], str]  # (row, column) -> text
     labels: tuple[str, str, list[str]]  # of the x and of the y axis, and the names along the latter
 
@@ -93,12 +95,15 @@ class Drawn:
     def of(figure: Figure) -> "list[Drawn]":
         drawn = []
         for axes in figure.axes:
+            if not axes.images:  # a colour bar
+                continue
             (image,) = axes.images
             places = [(text, text.get_position()) for text in axes.texts]
             names = [label.get_text() for label in axes.get_yticklabels()]
             drawn.append(
                 Drawn(
                     axes.get_title(), str(axes.title.get_color()), np.array(image.get_array(), np.float64),
+                    axes.get_position(original=True).bounds,
                     {(int(row), int(column)): text.get_text() for text, (column, row) in places},
                     (axes.get_xlabel(), axes.get_ylabel(), names),
                 )
@@ -151,11 +156,21 @@ def test_the_shared_run_is_worth_reading(seen: Seen) -> None:
     assert seen.evaluation.probabilities.max() > 0.8
 
 
+def test_tensorboard_which_sorts_by_name_shows_curves_before_pictures_and_single_points(seen: Seen) -> None:
+    tags = seen.events.Tags()
+    names = sorted([*tags["scalars"], *tags["images"]])
+    groups = list(dict.fromkeys(name.split("/")[0] for name in names))
+    assert groups == ["test", "train", "view", "wall_seconds", "within_class_accuracy"]
+    assert groups[1] < "val" < groups[2], "a validation's curves belong to the others"
+    assert names[:4] == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss"]
+    assert names[4:7] == ["view/confusion_matrix", "view/images", "view/predictions"]
+
+
 # image_grid
 
 
 def test_image_grid_shows_training_images_to_the_byte(seen: Seen) -> None:
-    (event,) = seen.events.Images("images")
+    (event,) = seen.events.Images("view/images")
     assert event.step == 0
     sheet = picture(event.encoded_image_string)
     assert sheet.shape == (32, 122, 3)
@@ -190,7 +205,7 @@ def coloured(train_size: int, test_size: int, image_size: int, seed: int) -> Dat
 def test_every_stage_takes_colours_and_oblong_images(run_small: Callable[..., tuple[Path, EventAccumulator]]) -> None:
     folder, events = run_small("dataset._target_=test_stages.coloured", "model=mlp", "train.max_steps=4")
     split = coloured(64, 40, 28, 0).train
-    (event,) = events.Images("images")
+    (event,) = events.Images("view/images")
     assert len({find(tile, split) for tile in tiles(picture(event.encoded_image_string), 18, 24, 2)}) == 4
     vectors, classes, thumbnails = read_embedding(folder, 0)
     assert vectors.shape == (64, 3 * 18 * 24)
@@ -298,11 +313,11 @@ def test_a_layer_that_is_not_there_is_an_error_that_names_those_that_are(tmp_pat
 # predictions
 
 
-def test_predictions_are_written_at_each_running_loss_in_the_tutorials_size(seen: Seen) -> None:
-    events = seen.events.Images("predictions vs. actuals")
+def test_predictions_are_written_at_each_running_loss(seen: Seen) -> None:
+    events = seen.events.Images("view/predictions")
     assert [event.step for event in events] == [30, 60, 90, 120]
     for event in events:
-        assert picture(event.encoded_image_string).shape == (300, 1200, 3)
+        assert picture(event.encoded_image_string).shape == (230, 700, 3)
     assert len({event.encoded_image_string for event in events}) == 4
 
 
@@ -311,12 +326,12 @@ def test_predictions_say_what_the_model_says_of_the_current_batch(seen: Seen) ->
     batch = datasets.order(0, 3, 120)[-4:]  # the last batch of the fourth epoch
     with torch.no_grad():
         probabilities = final_model(seen.folder)(split.images[batch].float() / 255 * 2 - 1).softmax(1)
-    figure = seen.figures["predictions vs. actuals", 120]
+    figure = seen.figures["view/predictions", 120]
     for drawn, index, chances in zip(figure, batch.tolist(), probabilities, strict=True):
         guess, label = int(chances.argmax()), int(split.labels[index])
-        form = re.fullmatch(r"(.+), (\d+\.\d)%(\n\(label: .+\))", drawn.title)
+        form = re.fullmatch(r"(.+)\n(\d+\.\d)%\nlabel: (.+)", drawn.title)
         assert form
-        assert (form[1], form[3]) == (classes[guess], f"\n(label: {classes[label]})")
+        assert (form[1], form[3]) == (classes[guess], classes[label])
         assert float(form[2]) == pytest.approx(100 * float(chances[guess]), abs=0.051)
         assert drawn.colour == ("green" if guess == label else "red")
         assert np.array_equal(np.rint(drawn.image * 255), split.images[index, 0].numpy())
@@ -334,36 +349,67 @@ class Knows(nn.Module):
 
 
 def look(
-    model: nn.Module, labels: list[int], images: int, patch: pytest.MonkeyPatch
-) -> tuple[list[Drawn], list[float]]:
-    """What `predictions` draws of a batch of black images, and the figure's size in inches."""
-    figures: list[tuple[list[Drawn], list[float]]] = []
+    model: nn.Module, labels: list[int], images: int, patch: pytest.MonkeyPatch, pixels: Tensor | None = None
+) -> tuple[list[Drawn], Bytes]:
+    """What `predictions` draws of a batch, black where no `pixels` are given: in the figure, and as a picture."""
+    figures: list[list[Drawn]] = []
+    pictures: list[Bytes] = []
 
     def add_figure(run: Run, tag: str, figure: Figure) -> None:
-        figures.append((Drawn.of(figure), figure.get_size_inches().tolist()))
+        figures.append(Drawn.of(figure))
+        fmexp.figures.add_figure(run, tag, figure)
 
     patch.setattr(predictions, "add_figure", add_figure)
-    black = torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8)
-    split = Split(black, torch.tensor(labels))
+    if pixels is None:
+        pixels = torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8)
+    split = Split(pixels, torch.tensor(labels))
     dataset = Dataset(split, split, datasets.GARMENTS)
-    run = SimpleNamespace(dataset=dataset, model=model, batch=(dataset.normalise(black), split.labels), step=7)
+    writer = SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image.copy()))
+    batch = dataset.normalise(pixels), split.labels
+    run = SimpleNamespace(dataset=dataset, model=model, batch=batch, step=7, writer=writer)
     predictions.predictions(run, tag="any", images=images)  # type: ignore[arg-type]
-    return figures[0]
+    return figures[0], pictures[0]
 
 
-def test_titles_have_the_tutorials_form_green_if_right_and_red_if_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_titles_say_what_the_tutorials_say_green_if_right_and_red_if_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     sneaker = [0.127 / 9] * 7 + [0.873] + [0.127 / 9] * 2
     sure = [0.0] * 9 + [1.0]
     model, labels = Knows([sneaker, sneaker, sure]), [7, 0, 9]
-    drawn, size = look(model, labels, 4, monkeypatch)
+    drawn, _ = look(model, labels, 4, monkeypatch)
     assert [(one.title, one.colour) for one in drawn] == [
-        ("Sneaker, 87.3%\n(label: Sneaker)", "green"),
-        ("Sneaker, 87.3%\n(label: T-shirt/top)", "red"),
-        ("Ankle Boot, 100.0%\n(label: Ankle Boot)", "green"),
-    ]
-    assert size == [9, 3]  # a batch of three has no fourth image
-    drawn, size = look(model, labels, 2, monkeypatch)
-    assert (len(drawn), size) == (2, [6, 3])
+        ("Sneaker\n87.3%\nlabel: Sneaker", "green"),
+        ("Sneaker\n87.3%\nlabel: T-shirt/top", "red"),
+        ("Ankle Boot\n100.0%\nlabel: Ankle Boot", "green"),
+    ]  # a batch of three has no fourth image
+    assert len(look(model, labels, 2, monkeypatch)[0]) == 2
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (10, [4, 4, 2])])
+def test_predictions_stand_in_rows_of_four(count: int, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, sheet = look(Knows([[0.1] * 10] * count), [0] * count, count, monkeypatch)
+    assert sheet.shape == (230 * len(rows), 700, 3)
+    places = [(round(left * 4), round((1 - bottom) * len(rows))) for left, bottom, _, _ in (one.place for one in drawn)]
+    assert places == [(column, row + 1) for row, length in enumerate(rows) for column in range(length)]
+    for one in drawn:
+        left, bottom, width, height = one.place
+        assert 0 < left < left + width < 1
+        assert 0 < bottom < bottom + height < 1
+        assert width * 700 == pytest.approx(height * 230 * len(rows)) == pytest.approx(155)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_predictions_are_as_light_and_dark_as_image_grid(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    drawn, sheet = look(Knows([[0.1] * 10] * 5), [0] * 5, 5, monkeypatch, pixels)
+    for one, image in zip(drawn, pixels, strict=True):
+        left, bottom, width, height = one.place
+        middles = (np.arange(28) + 0.5) / 28
+        rows = ((1 - bottom - height + middles * height) * len(sheet)).astype(int)
+        columns = ((left + middles * width) * sheet.shape[1]).astype(int)
+        seen = sheet[np.ix_(rows, columns)].astype(int)
+        expected = image.expand(3, -1, -1).permute(1, 2, 0).numpy()  # image_grid writes these bytes
+        inner = slice(1, -1)  # at the edge is the frame
+        assert np.abs(seen - expected)[inner, inner].max() <= 1  # matplotlib rounds a shade
 
 
 def test_no_figure_goes_through_pyplot() -> None:
@@ -453,28 +499,79 @@ def test_per_class_accuracy_is_in_scalars_and_in_the_log(seen: Seen) -> None:
     log = (seen.folder / "fmexp.log").read_text()
     assert "accuracy of each class on the test split" in log
     for index, name in enumerate(datasets.GARMENTS):
-        ((step, value),) = scalars(seen.events, f"per_class_accuracy/{name}")
+        ((step, value),) = scalars(seen.events, f"within_class_accuracy/{name}")
         assert step == 120
         assert value == pytest.approx(table[index, index] / 6, abs=1e-7)
         assert f"\n  {name:<11} {table[index, index] / 6:7.1%}\n" in log
     assert table.trace() / 60 == pytest.approx(scalars(seen.events, "test/accuracy")[-1][1])
 
 
-def test_confusion_matrix_counts_every_image_once(seen: Seen) -> None:
+def test_confusion_matrix_shows_the_share_of_each_class(seen: Seen) -> None:
     table = numpy_confusion(seen)
-    (event,) = seen.events.Images("confusion_matrix")
+    (event,) = seen.events.Images("view/confusion_matrix")
     assert event.step == 120
-    assert picture(event.encoded_image_string).shape == (800, 800, 3)
-    (drawn,) = seen.figures["confusion_matrix", 120]
-    counted = np.zeros((10, 10), np.int64)
-    for place, text in drawn.texts.items():
-        count, share = text.split("\n")
-        counted[place] = int(count)
-        assert share == f"{table[place] / 6:.0%}"
-    assert np.array_equal(counted, table)
-    assert counted.sum() == 60
-    assert drawn.labels == ("predicted", "actual", list(datasets.GARMENTS))
+    assert picture(event.encoded_image_string).shape == (430, 700, 3)
+    (drawn,) = seen.figures["view/confusion_matrix", 120]
+    assert drawn.title == f"accuracy {table.trace() / 60:.1%}, 60 test images"
+    assert drawn.texts == {
+        (row, column): f"{100 * table[row, column] / 6:.0f}" for row, column in np.argwhere(table).tolist()
+    }
+    assert drawn.labels == ("predicted (% of the actual class)", "actual", list(datasets.GARMENTS))
     np.testing.assert_allclose(drawn.image, table / 6)
+
+
+def matrix(counts: list[list[int]], names: Sequence[str], patch: pytest.MonkeyPatch) -> tuple[Figure, Bytes]:
+    """The figure that `confusion_matrix` draws of these counts, and its picture."""
+    found: list[tuple[Figure, Bytes]] = []
+
+    def add_figure(run: Run, tag: str, figure: Figure) -> None:
+        fmexp.figures.add_figure(run, tag, figure)
+        found.append((figure, pictures.pop()))
+
+    pictures: list[Bytes] = []
+    patch.setattr(confusion_matrix, "add_figure", add_figure)
+    run = SimpleNamespace(
+        evaluation=SimpleNamespace(confusion=torch.tensor(counts)), dataset=SimpleNamespace(classes=names), step=7,
+        writer=SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image)),
+    )  # fmt: skip
+    confusion_matrix.confusion_matrix(run, tag="any")  # type: ignore[arg-type]
+    return found[0]
+
+
+def test_shares_say_0_or_100_only_where_none_or_all_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [[996, 4, 0], [3, 125, 872], [0, 0, 0]]
+    figure, _ = matrix(counts, ["a", "b", "c"], monkeypatch)
+    (drawn,) = Drawn.of(figure)
+    assert drawn.texts == {(0, 0): ">99", (0, 1): "<1", (1, 0): "<1", (1, 1): "12", (1, 2): "87"}
+    assert drawn.title == "accuracy 56.0%, 2,000 test images"
+    assert matrix([[9999, 1], [0, 10000]], ["a", "b"], monkeypatch)[0].axes[0].get_title().startswith("accuracy >99.9%")
+    assert Drawn.of(matrix([[5, 0], [0, 5]], ["a", "b"], monkeypatch)[0])[0].texts == {(0, 0): "100", (1, 1): "100"}
+    colour_bar = figure.axes[1]
+    assert [label.get_text() for label in colour_bar.get_yticklabels()] == ["0%", "50%", "100%"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "named", "numbered"),
+    [(2, (430, 700), 2, True), (30, (860, 1400), 30, True), (100, (860, 1400), 34, False)],
+)
+def test_a_confusion_matrix_fits_a_screen_and_its_words_their_places(
+    classes: int, size: tuple[int, int], named: int, numbered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = (torch.eye(classes, dtype=torch.int64) * 95 + 1).tolist()
+    names = [f"a rather long class name {index}" for index in range(classes)]
+    figure, sheet = matrix(counts, names, monkeypatch)
+    assert sheet.shape == (*size, 3)
+    axes = figure.axes[0]
+    assert len(axes.texts) == (classes**2 if numbered else 0)
+    labels = axes.get_yticklabels()
+    assert len({label.get_text() for label in labels}) == len(labels) == named  # cut, but not all to the same
+    assert max(len(label.get_text()) for label in labels) == 16
+    boxes = [label.get_window_extent() for label in (*labels, *axes.get_xticklabels(), axes.title, axes.xaxis.label)]
+    assert all(box.x0 >= 0 and box.x1 <= size[1] and box.y0 >= 0 and box.y1 <= size[0] for box in boxes)
+    edges = sorted((box.y0, box.y1) for box in boxes[:named])
+    assert all(above[0] > below[1] - 3 for below, above in itertools.pairwise(edges))  # a letter's box has a margin
+    widest = max((text.get_window_extent().width for text in axes.texts), default=0)
+    assert widest < axes.get_window_extent().width / classes
 
 
 # Every stage at every moment, and the weights after it
@@ -659,7 +756,7 @@ def test_a_stage_that_fails_is_named_and_ends_nothing(moment: str, frail: Callab
     last = log[log.rindex("accuracy of each class") :]
     assert f"stage broken failed, step {STEPS[moment][-1]}: {message}" in last
     # The stages after it were executed, and the training is what it was.
-    assert len(scalars(read_events(folder), f"per_class_accuracy/{datasets.GARMENTS[0]}")) == 1
+    assert len(scalars(read_events(folder), f"within_class_accuracy/{datasets.GARMENTS[0]}")) == 1
     assert_same_weights(folder, frail(*only()))
 
 
@@ -676,7 +773,7 @@ def test_a_required_stage_that_fails_ends_the_run(tmp_path: Path) -> None:
 
 def test_what_a_stage_shows_depends_on_the_seed_and_not_on_other_stages(frail: Callable[..., Path]) -> None:
     def shown(*overrides: str) -> bytes:
-        (event,) = read_events(frail(*overrides)).Images("images")
+        (event,) = read_events(frail(*overrides)).Images("view/images")
         return bytes(event.encoded_image_string)
 
     assert shown() == shown(*alone("image_grid", "start"))

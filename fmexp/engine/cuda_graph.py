@@ -137,7 +137,7 @@ class GraphedStep:
                 raise RuntimeError("it changes what Python keeps")
             state.put(before)
             replayed = self._replay(graph, images, labels)
-            if _bits([replayed, state.values()]) != _bits([loss, after]):
+            if bits([replayed, state.values()]) != bits([loss, after]):
                 raise RuntimeError("a replay does not give the bits of the plain step")
             self.graph, self.fixed, self.kept, self.replays = graph, state.fixed, state.tensors, 0
             log.info("the training step is a CUDA graph from here on")
@@ -198,7 +198,7 @@ class _State:
     def host_random(self, values: dict[str, Any]) -> Any:
         """The random state but for the device's own, which is captured."""
         device = "cuda" if self.device == "cuda" else "torch"
-        return _bits({name: state for name, state in values["random"].items() if name != device})
+        return bits({name: state for name, state in values["random"].items() if name != device})
 
     def _compared(self, value: Any, found: dict[int, Tensor]) -> Any:
         """A nested value, to be compared with ==; the device's tensors in it are added to those found."""
@@ -210,7 +210,7 @@ class _State:
         if isinstance(value, list | tuple):
             return [self._compared(part, found) for part in value]
         if isinstance(value, Tensor):
-            return _bits(value)
+            return bits(value)
         if isinstance(value, AS_THEY_ARE):
             return value
         return pickle.dumps(value)
@@ -226,12 +226,12 @@ AS_THEY_ARE = (
 )  # fmt: skip
 
 
-def _bits(value: Any) -> Any:
+def bits(value: Any) -> Any:
     """A nested value with its tensors as bytes, so that == says whether it is the same to the bit."""
     if isinstance(value, Tensor):
         return value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
-        return {name: _bits(part) for name, part in value.items()}
+        return {name: bits(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_bits(part) for part in value]
+        return [bits(part) for part in value]
     return value

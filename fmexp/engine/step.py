@@ -30,4 +30,7 @@ def update(optimizer: Optimizer) -> None:
 
     The wrappers cost 60 us a step, as much as the update of a small model.
     """
-    inspect.unwrap(type(optimizer).step)(optimizer)
+    if wrapped := vars(optimizer).get("step"):  # by a scheduler, which warns where its wrapper is left out
+        wrapped()
+    else:
+        inspect.unwrap(type(optimizer).step)(optimizer)

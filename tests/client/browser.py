@@ -9,9 +9,10 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from PIL import Image
-from playwright.sync_api import FrameLocator, Page, sync_playwright
+from playwright.sync_api import FrameLocator, Page, ViewportSize, sync_playwright
 
 LIMIT_MS = 60_000
+SIZE = ViewportSize(width=1280, height=800)  # pixels
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
@@ -25,11 +26,11 @@ def chromium() -> str | None:
 
 
 @contextmanager
-def pages(width: int = 1280, height: int = 800) -> Iterator[Page]:
-    """An empty page of a browser that is closed at the end; sizes in pixels."""
+def pages(size: ViewportSize = SIZE) -> Iterator[Page]:
+    """An empty page of a browser that is closed at the end."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
-        page = browser.new_page(viewport={"width": width, "height": height})
+        page = browser.new_page(viewport=size)
         page.set_default_timeout(LIMIT_MS)
         try:
             yield page
@@ -46,6 +47,15 @@ def open_tab(page: Page, url: str, tab: str, *, runs: str = "", tags: str = "") 
 def projector(page: Page) -> FrameLocator:
     """What the projector's tab shows, which is a page in a page in a page."""
     return page.frame_locator("iframe").frame_locator("iframe")
+
+
+def colour_by_class(page: Page) -> None:
+    """Choose `label` under "Color by" in the projector's tab."""
+    shown = projector(page)
+    choice = shown.locator("#colorby paper-item").filter(has_text="colors").first
+    choice.wait_for(state="attached")
+    shown.locator("#colorby").click()
+    choice.click()
 
 
 def wait_for_picture(page: Page, width: int, height: int) -> None:

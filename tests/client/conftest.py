@@ -44,3 +44,14 @@ def server(request: pytest.FixtureRequest, logdir: Path, members: list[sweep.Mem
     with Server(logdir, fast=request.param == "fast") as running:
         running.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
         yield running
+
+
+@pytest.fixture(scope="session")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """TensorBoard on two single runs with the default tags."""
+    root = tmp_path_factory.mktemp("singles")
+    for name, model in (("first", "lenet"), ("second", "mlp")):
+        execute(compose([*SWEEP[:-1], "device=cpu", f"model={model}", "train.epochs=2"]), root / name)
+    with Server(root, fast=True) as running:
+        running.wait({"first", "second"})
+        yield running

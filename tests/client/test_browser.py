@@ -13,8 +13,6 @@ from fmexp import datasets, sweep
 if not browser.chromium():
     pytest.skip("there is no Chromium on the PATH or at $CHROMIUM", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
-
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "screenshots"
 CLASSES = "Trouser", "Sandal", "Ankle Boot"
 
@@ -50,6 +48,30 @@ def test_time_series(page: Page, tensorboard: Server, members: list[sweep.Member
         expect(page.get_by_text(f"sweep/{member.folder.name}").first).to_be_visible()
 
 
+def test_time_series_opens_on_curves(page: Page, singles: Server) -> None:
+    browser.open_tab(page, singles.url, "timeseries")
+    page.locator("line-chart").first.wait_for()
+    groups = page.locator("metrics-card-group-toolbar .group-title").all_inner_texts()
+    assert groups == ["test", "train", "view", "wall_seconds", "within_class_accuracy"]
+    opened = page.locator("card-view").all_inner_texts()  # of the first two groups; TensorBoard opens no more
+    names = ["".join(text.partition("Alt")[0].split()) for text in opened]  # as in "Alt + Scroll to Zoom"
+    assert names == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss"]
+
+
+def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: Server) -> None:
+    page.set_viewport_size({**browser.SIZE, "width": 2600})  # the table leaves out columns that are out of sight
+    browser.open_tab(page, singles.url, "hparams")
+    table = page.locator("tf-hparams-table-view")
+    places = []
+    for name in ("test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds"):
+        column = table.get_by_text(name, exact=True).first
+        column.wait_for(state="attached")
+        places.append(column.evaluate("element => element.getBoundingClientRect().x"))
+    page.set_viewport_size(browser.SIZE)
+    assert places == sorted(set(places))
+    assert table.get_by_text("within_class_accuracy").count() == 0  # TensorBoard shows the first five
+
+
 def test_scalars(page: Page, tensorboard: Server) -> None:
     browser.open_tab(page, tensorboard.url, "scalars", runs="^tutorial$")
     expect(page.locator("tf-scalar-card").first).to_be_visible()
@@ -57,7 +79,7 @@ def test_scalars(page: Page, tensorboard: Server) -> None:
 
 def test_images(page: Page, tensorboard: Server) -> None:
     browser.open_tab(page, tensorboard.url, "images", runs="^tutorial$")
-    for tag, size in (("four_fashion_mnist_images", (122, 32)), ("predictions", (1200, 300))):
+    for tag, size in (("four_fashion_mnist_images", (122, 32)), ("predictions", (700, 230))):
         page.locator("tf-tag-filterer input").fill(tag)
         browser.wait_for_picture(page, *size)
 
@@ -71,11 +93,14 @@ def test_graph(page: Page, tensorboard: Server) -> None:
         page.locator(f"g.node[data-name='LeNet/{layer}']").first.wait_for()
 
 
-def test_projector(page: Page, tensorboard: Server) -> None:
+def test_projector(page: Page, tensorboard: Server, tutorial_data: datasets.Dataset) -> None:
     browser.open_tab(page, tensorboard.url, "projector")
     shown = browser.projector(page)
     shown.get_by_text("Points: 100").first.wait_for()
     shown.get_by_text("Dimension: 784").first.wait_for()
+    browser.colour_by_class(page)
+    for name in tutorial_data.classes:  # the legend
+        shown.locator("vz-projector-legend").get_by_text(name, exact=True).first.wait_for()
 
 
 def test_pr_curves(page: Page, tensorboard: Server, tutorial_data: datasets.Dataset) -> None:

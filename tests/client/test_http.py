@@ -45,7 +45,7 @@ def test_images(server: Server, tutorial_data: datasets.Dataset) -> None:
     assert (tutorial_data.train.images[:, 0].numpy() == first).all((1, 2)).any()  # a training image, to the byte
     samples = server.get("plugin/images/images", run="tutorial", tag="predictions vs. actuals", sample=0)
     assert [sample["step"] for sample in samples] == [25, 50, 75, 100]
-    assert picture("predictions vs. actuals", 100).shape[:2] == (300, 1200)
+    assert picture("predictions vs. actuals", 100).shape[:2] == (230, 700)
 
 
 def test_graph(server: Server) -> None:
@@ -99,7 +99,7 @@ def test_hparams_has_a_row_a_member(server: Server, members: list[sweep.Member])
         columns
     )
     assert columns[:2] == ["optimizer", "optimizer.lr"]  # what varies comes first
-    metrics = ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "seconds"]
+    metrics = ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds"]
     assert metrics == [info["name"]["tag"] for info in experiment["metricInfos"]]
     rows = server.post(
         "plugin/hparams/session_groups",
@@ -120,3 +120,11 @@ def test_hparams_has_a_row_a_member(server: Server, members: list[sweep.Member])
         values = {value["name"]["tag"]: value["value"] for value in row["metricValues"]}
         assert values["test/accuracy"] == pytest.approx(member.objective)
         assert set(values) == set(metrics)
+
+
+def test_hparams_of_single_runs_has_the_accuracy_first_and_the_classes_last(
+    singles: Server, tutorial_data: datasets.Dataset
+) -> None:
+    metrics = [info["name"]["tag"] for info in singles.post("plugin/hparams/experiment", {})["metricInfos"]]
+    of_classes = sorted(f"within_class_accuracy/{name}" for name in tutorial_data.classes)
+    assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds", *of_classes]

@@ -194,7 +194,7 @@ def written(folder: Path) -> list[tuple[int, str, str]]:
                 content.session_start_info.ClearField("group_name")  # which is the folder
                 content.session_end_info.ClearField("end_time_secs")
                 plugin.content = content.SerializeToString(deterministic=True)
-            if value.tag == "seconds":
+            if value.tag == "wall_seconds":
                 value.simple_value = 0
             shown = str(value.simple_value) if value.HasField("simple_value") else digest(value.SerializeToString())
             found.append((event.step, value.tag, shown))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import reliability_parts
 import torch
-from reliability_tools import NO_STAGES, RICH, Driver, assert_same, left
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, assert_same, left
 
 from fmexp import randomness
 
@@ -29,7 +29,17 @@ def test_killed_between_checkpoints(
     driver: Driver, truth: Callable[..., Path], tmp_path: Path, model: str, optimizer: str, data: str
 ) -> None:
     args = (*NO_STAGES, *MODELS[model], *OPTIMIZERS[optimizer], *DATA[data])
-    folder = tmp_path / "run"
+    assert_killed_twice_is_the_same(driver, truth, tmp_path / "run", args)
+
+
+def test_a_scheduler_inside_an_optimizer(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    scheduled = ("optimizer=custom", "optimizer._target_=reliability_parts.Scheduled", "optimizer.lr=0.01")
+    assert_killed_twice_is_the_same(driver, truth, tmp_path / "run", (*BARE, *scheduled))
+
+
+def assert_killed_twice_is_the_same(
+    driver: Driver, truth: Callable[..., Path], folder: Path, args: tuple[str, ...]
+) -> None:
     for steps in (5, 6):  # after the batches 5 and 9, for it goes on from 3
         plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
         assert driver.run(*args, f"hydra.run.dir={folder}", plan=plan).code == -9

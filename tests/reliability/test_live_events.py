@@ -67,7 +67,7 @@ class TensorBoard:
         scalars = {
             tag: [(step, value) for _, step, value in self.json("plugin/scalars/scalars", run=run, tag=tag)]
             for tag in self.json("plugin/scalars/tags")[run]
-            if tag != "seconds"
+            if tag != "wall_seconds"
         }
         images = {}
         for tag in self.json("plugin/images/tags")[run]:
@@ -142,7 +142,7 @@ def test_a_resumed_run_looks_like_any_other(tensorboard: TensorBoard, name: str)
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps)), tag
         assert steps[-1] == 32, tag
-    assert [step for step, _ in mine["images"]["images"]] == every_4
+    assert [step for step, _ in mine["images"]["view/images"]] == every_4
     assert [step for step, _, _ in mine["curves"][CLASS]] == every_4
     assert sorted(mine["embeddings"]) == [f"default:{step:05}" for step in every_4]
     assert mine["status"] == "STATUS_SUCCESS"

@@ -44,9 +44,11 @@ def test_table_is_ranked_and_csv_and_picture_agree_with_it(grid: Sweep) -> None:
     assert {row[-1] for row in rows[1:]} == {m.folder.name for m in found}
     for row in rows[1:]:
         written = result(grid.root / row[-1])["metrics"]
-        assert [float(cell) for cell in row[2:6]] == [round(written[name], 4) for name in heads[2:6]]
+        assert [float(cell) for cell in row[2:6]] == [written[name] for name in heads[2:6]], "to the last digit"
     printed = [line.split() for line in grid.output.splitlines()]
-    places = [printed.index(row) for row in rows]
+    short = [[*row[:2], *(f"{float(cell):.4f}" for cell in row[2:6]), row[6], f"{float(row[7]):.1f}", row[8]]
+             for row in rows[1:]]  # fmt: skip
+    places = [printed.index(row) for row in [heads, *short]]
     assert places == list(range(places[0], places[0] + 5))
     assert f"tensorboard --logdir {grid.root}" in grid.output
     pixels = image.imread(grid.root / "sweep.png")
@@ -77,12 +79,12 @@ def test_hparams_has_a_row_a_member_and_all_their_keys(grid: Sweep) -> None:
         assert ("optimizer.eps" in settings) == ("adam" in path.name)
         for tag in ("test/accuracy", "test/accuracy/best", "test/loss", "train/loss"):
             assert row["metrics"][tag] == pytest.approx(metrics[tag])
-        assert row["metrics"]["seconds"] > 0
+        assert row["metrics"]["wall_seconds"] > 0
     shown = {info["name"] for info in columns["hparamInfos"]}
     assert shown >= {"dataset", "model", "optimizer", "seed", "optimizer.lr", "optimizer.momentum", "optimizer.eps"}
     assert not shown & {"dataset.train_size", "train.batch_size", "model.hidden"}  # they do not vary
     metrics = [info["name"]["tag"] for info in columns["metricInfos"]]
-    assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "seconds"]
+    assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds"]
     assert "summary" in runs
 
 
@@ -144,7 +146,7 @@ def test_side_by_side_gives_the_same_bits(grid: Sweep, parallel: Sweep) -> None:
     for ours, theirs in zip(members(parallel.root), members(grid.root), strict=True):
         assert (ours / "model.pt").read_bytes() == (theirs / "model.pt").read_bytes()
         assert result(ours)["metrics"] == result(theirs)["metrics"]
-    assert "sweep: 4 of 4 members done, 0 failed, 0 running; best " in parallel.output
+    assert "[4/4] " in parallel.output
 
 
 def test_side_by_side_the_members_share_the_cores(grid: Sweep, parallel: Sweep) -> None:
@@ -163,9 +165,14 @@ def test_replicates_are_put_together(tmp_path: Path) -> None:
     lines = [line.split() for line in done.out.splitlines()]
     head = lines.index(["optimizer.lr", "n", "mean", "test/accuracy", "spread"])
     rows = {row[0]: row[1:] for row in lines[head + 1 : head + 3]}
+    written = list(csv.DictReader((tmp_path / "s" / "replicates.csv").read_text().splitlines()))
     for lr in ("0.1", "0.001"):
         values = [result(path)["objective"] for path in members(tmp_path / "s") if f"lr-{lr}_" in path.name]
         assert rows[lr] == ["3", f"{np.mean(values):.4f}", f"{np.std(values, ddof=1):.4f}"]
+        (kept,) = (row for row in written if row["optimizer.lr"] == lr)
+        assert kept["n"] == "3"
+        assert float(kept["mean test/accuracy"]) == pytest.approx(np.mean(values), rel=1e-15)
+        assert float(kept["spread"]) == pytest.approx(np.std(values, ddof=1), rel=1e-12)
 
 
 def test_equal_members_and_odd_values_have_folders_of_their_own(tmp_path: Path) -> None:
@@ -200,7 +207,7 @@ def test_started_and_read_from_python_and_the_table_again(tmp_path: Path) -> Non
     assert "2 members: 2 complete" in printed.out
     assert all(member.folder.name in printed.out for member in found)
     refused = program.run("nowhere", cwd=tmp_path, command=[program.PYTHON[0], "-m", "fmexp.sweep"])
-    assert refused.status == 1
+    assert refused.status == 2
     assert "usage" in refused.err
 
 

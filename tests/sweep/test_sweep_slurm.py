@@ -65,7 +65,7 @@ def test_preempted_and_warned_members_go_on_from_their_checkpoints(tmp_path: Pat
         ours, theirs = member(root, f"tag-{tag}"), member(truth.root, f"tag-{tag}")
         assert (ours / "model.pt").read_bytes() == (theirs / "model.pt").read_bytes()
         assert result(ours)["metrics"] == result(theirs)["metrics"]
-    assert "sweep: 2 of 2 members done, 0 failed, 0 running" in first.output
+    assert "[2/2] " in first.output
 
 
 def test_jobs_in_flight_are_not_submitted_twice_and_a_cancelled_one_has_failed(tmp_path: Path, gate: Gate) -> None:
