@@ -252,7 +252,7 @@ def compose(
         overrides: as on the command line, for example ["optimizer.lr=0.01", "model=mlp"].
         config_dir: a folder with config groups of one's own, as `--config-dir`.
     """
-    from fmexp import launcher  # noqa: F401  # its launchers and sweepers are options that a recipe may name
+    from fmexp import plugin_options  # noqa: F401  # a recipe may name launchers and sweepers
 
     own = [f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()}]"] if config_dir is not None else []
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="fmexp"):

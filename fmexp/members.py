@@ -1,40 +1,46 @@
-"""A sweep's members: composing one, and executing it in this process."""
+"""One member of a sweep: composing it, and executing it in this process."""
 
 import copy
 import logging
+import os
 import re
 import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobRuntime, run_job, setup_globals
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from hydra.core.utils import configure_log, setup_globals
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from fmexp import folder
+from fmexp import folder, garbage
 from fmexp.stop import held_back
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
-class Member:
-    """A member of the sweep at hand: its composed configuration, its folder, and what is to be done."""
+class Job:
+    """A member to be run: all that is needed for it, in this process or in another."""
 
     number: int
     overrides: list[str]
-    cfg: DictConfig
-    tree: dict[str, Any]  # the same, resolved and without Hydra's part
+    cfg: DictConfig  # as Hydra composes it, with its own part
+    run_cfg: DictConfig  # without that: what the run is executed with
+    tree: dict[str, Any]  # the same, resolved
     folder: Path
     action: str  # train, resume or skip
+    resume_command: str  # goes on with the whole sweep
 
 
 class Composer:
@@ -52,12 +58,15 @@ class Composer:
         if choices not in self.bases:
             self.bases[choices] = self.loader.load_sweep_config(self.master, list(choices))
         cfg = copy.deepcopy(self.bases[choices])
-        ConfigLoaderImpl._apply_overrides_to_config(self.parser.parse_overrides(values), cfg)
+        try:
+            for override in self.parser.parse_overrides(values):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            self.loader.load_sweep_config(self.master, overrides)  # says it in Hydra's words
+            raise
         with open_dict(cfg):
             cfg.hydra.overrides.task = overrides
-            cfg.hydra.job.override_dirname = get_overrides_dirname(
-                self.parser.parse_overrides(overrides), **cfg.hydra.job.config.override_dirname
-            )
+            cfg.hydra.job.override_dirname = ",".join(sorted(overrides))
         return cfg
 
     def _is_value(self, word: str) -> bool:
@@ -67,8 +76,8 @@ class Composer:
         return bool(plain) and not key.startswith("hydra.") and key not in self.master.hydra.runtime.choices
 
 
-def execute(cfg: DictConfig, hydra_context: HydraContext, *, console: bool = False) -> None:
-    """Execute one member in this process as Hydra executes a job; what came of it stands in its folder.
+def run(job: Job, *, console: bool = False) -> None:
+    """Execute a member in this process; what came of it stands in its folder.
 
     Where another process is running in that folder, such as one of a sweep whose parent was killed, wait for it: then
     there is its result to take, or its checkpoint to go on from.
@@ -76,35 +85,52 @@ def execute(cfg: DictConfig, hydra_context: HydraContext, *, console: bool = Fal
     Args:
         console: whether its log lines go to the console, too, and not to its fmexp.log alone.
     """
-    from fmexp import cli
-
     setup_globals()
-    JobRuntime.instance().set("name", cfg.hydra.job.name)
-    path = Path(str(cfg.hydra.sweep.dir)) / cfg.hydra.sweep.subdir
-    while True:
-        while folder.is_held(path):
-            time.sleep(0.2)
-        done = run_job(
-            task_function=cli.run.__wrapped__ if console else _quiet(cli.run.__wrapped__),
-            config=cfg,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-            hydra_context=hydra_context,
-        )
-        if not isinstance(done._return_value, folder.HeldError):
-            return
+    with open_dict(job.cfg):
+        job.cfg.hydra.runtime.output_dir = str(job.folder)
+    configure_log(job.cfg.hydra.job_logging, job.cfg.hydra.verbose)
+    if not console:
+        _silence_console()
+    os.environ.update({str(name): str(value) for name, value in job.cfg.hydra.job.env_set.items()})
+    outer = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(job.cfg)  # for code of one's own that asks Hydra where it is
+    try:
+        while True:
+            while folder.is_held(job.folder):
+                time.sleep(0.2)
+            with suppress(folder.HeldError):
+                return _run(job)
+    finally:
+        HydraConfig.instance().cfg = outer
 
 
-def _quiet(task: TaskFunction) -> TaskFunction:
-    """The same, with no log lines on the console, which has one line for each member."""
+def _run(job: Job) -> None:
+    before = folder.read_result(job.folder)
+    files: dict[str, DictConfig | ListConfig] = {
+        "hydra.yaml": OmegaConf.masked_copy(job.cfg, ["hydra"]),
+        "overrides.yaml": OmegaConf.create(job.overrides),
+    }
+    try:
+        with held_back():  # a signal's exception in the midst of torch's import aborts the process
+            from fmexp.execution import execute
 
-    def quiet_task(cfg: DictConfig) -> Any:  # Hydra has set up the job's logging when it calls this
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
-                handler.setLevel(logging.CRITICAL + 1)
-        return task(cfg)
+        garbage.watch()
+        execute(job.run_cfg, job.folder, hydra_files=files, resume_command=job.resume_command)
+    except folder.HeldError:
+        raise  # who holds the folder writes what comes of it
+    except Exception as error:
+        if folder.read_result(job.folder) == before:  # it failed before the run could say so itself
+            details = "".join(traceback.format_exception(error)).strip() if error.__cause__ else str(error)
+            log.error("%s: %s", job.folder.name, details)
+            with suppress(OSError):
+                folder.write_failure(job.folder, job.tree, job.overrides, str(error), details)
 
-    return quiet_task
+
+def _silence_console() -> None:
+    """Let no log line of a member go to the console, which has one line for each member."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
+            handler.setLevel(logging.CRITICAL + 1)
 
 
 @contextmanager
@@ -126,9 +152,9 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def prepare_data(members: list[Member]) -> None:
+def prepare_data(jobs: list[Job]) -> None:
     """Download and check each dataset once, before many processes want it; the folder's error comes once, too."""
-    for node in {str(member.cfg.dataset): member.cfg.dataset for member in members}.values():
+    for node in {str(job.cfg.dataset): job.cfg.dataset for job in jobs}.values():
         if "root" in node:
             with held_back():  # a signal's exception in the midst of torch's import aborts the process
                 from fmexp.datasets import load  # and torch, which is not wanted otherwise
@@ -136,6 +162,6 @@ def prepare_data(members: list[Member]) -> None:
             load(node)
 
 
-def fail(member: Member, error: str) -> None:
+def fail(job: Job, error: str) -> None:
     """Note in a member's folder that it failed without a word of its own."""
-    folder.write_failure(member.folder, member.tree, member.overrides, error)
+    folder.write_failure(job.folder, job.tree, job.overrides, error)

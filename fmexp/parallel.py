@@ -10,52 +10,50 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.types import HydraContext
-from omegaconf import DictConfig
-
 from fmexp import garbage, results
-from fmexp.members import Member, ended_by_signals, execute, fail, prepare_data
+from fmexp.members import Job, ended_by_signals, fail, prepare_data
+from fmexp.members import run as run_job
 from fmexp.progress import Progress
 from fmexp.stop import Stop
 
 
-def run(members: list[Member], jobs: int, progress: Progress, hydra_context: HydraContext, *, fail_fast: bool) -> None:
-    """Run members in `jobs` processes, each in an executor of its own: one that dies costs its member alone."""
+def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -> None:
+    """Run members in `workers` processes, each in an executor of its own: one that dies costs its member alone."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
     garbage.watch()
     with ended_by_signals():
-        prepare_data(members)
-    waiting: queue.SimpleQueue[Member] = queue.SimpleQueue()
-    for member in members:
-        waiting.put(member)
-    executors: list[Any] = [None] * jobs
+        prepare_data(jobs)
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    executors: list[Any] = [None] * workers
     halt = threading.Event()
 
     def work(slot: int) -> None:
         while not halt.is_set():
             try:
-                member = waiting.get_nowait()
+                job = waiting.get_nowait()
             except queue.Empty:
                 break
             if executors[slot] is None:
-                executors[slot] = ProcessPoolExecutor(1, env=_environment(slot, jobs), initializer=_in_worker)
-            progress.started(member.folder)
+                executors[slot] = ProcessPoolExecutor(1, env=_environment(slot, workers), initializer=_in_worker)
+            progress.started(job.folder)
             try:
-                executors[slot].submit(_execute_in_worker, member.cfg, hydra_context).result()
+                executors[slot].submit(_run_in_worker, job).result()
             except BrokenProcessPool:
                 executors[slot] = None
                 if not halt.is_set():
-                    fail(member, "its process was killed, or ran out of memory")
+                    fail(job, "its process was killed, or ran out of memory")
             except BaseException as error:  # SystemExit, when the member was told to stop
                 if not isinstance(error, SystemExit):
-                    progress.say(f"{member.folder.name}: {error}", logging.ERROR)
-            progress.ended(member.folder)
-            if fail_fast and results.status(member.folder) == "failed":
+                    progress.say(f"{job.folder.name}: {error}", logging.ERROR)
+            progress.ended(job.folder)
+            if fail_fast and results.status(job.folder) == "failed":
                 halt.set()
 
     with Stop() as stop:
-        threads = [threading.Thread(target=work, args=(slot,)) for slot in range(jobs)]
+        threads = [threading.Thread(target=work, args=(slot,)) for slot in range(workers)]
         for thread in threads:
             thread.start()
         told = False
@@ -72,9 +70,9 @@ def run(members: list[Member], jobs: int, progress: Progress, hydra_context: Hyd
             stop.leave()
 
 
-def _execute_in_worker(cfg: DictConfig, hydra_context: HydraContext) -> None:
+def _run_in_worker(job: Job) -> None:
     try:
-        execute(cfg, hydra_context)
+        run_job(job)
     finally:
         if os.getppid() != _parent:  # nobody is left to give this process another member
             os._exit(128 + signal.SIGTERM)
@@ -99,9 +97,9 @@ def _in_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _environment(slot: int, jobs: int) -> dict[str, str]:
+def _environment(slot: int, workers: int) -> dict[str, str]:
     """What a worker process finds in its environment: its share of the cores, and one GPU where there are several."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -22,7 +22,6 @@ from omegaconf import DictConfig
 
 from fmexp import config, sweep
 from fmexp.errors import ConfigError, FmexpError
-from fmexp.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +87,9 @@ class Search(Sweeper):
         _check_same_search(self.study, fixed)
         log.info("search in %s: %d of %d trials done", root / STORAGE, len(begun) - len(unfinished), self.n_trials)
         self.launcher.varied = list(space)
-        self.launcher.progress = Progress(self.n_trials, self.cfg.objective)
         ended = [member.folder for member in sweep.read(root) if member.status in ("complete", "diverged")]
-        self.launcher.progress.plan(ended, ())
-        with self.launcher.progress:
+        with self.launcher.reporting(self.n_trials) as progress:
+            progress.plan(ended, ())
             failures = self._run(self._batches(unfinished, len(begun), space), fixed, space)
         if failures:
             raise FmexpError(f"{failures} trials failed; the same command executes them again.")

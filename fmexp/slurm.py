@@ -4,16 +4,15 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from fmexp import disk, garbage, results
-from fmexp.members import Member, ended_by_signals, execute, fail, prepare_data
+from fmexp.members import Job, ended_by_signals, fail, prepare_data
+from fmexp.members import run as run_job
 from fmexp.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -24,10 +23,9 @@ POLL_S = 2  # how often Slurm is asked
 
 def run(
     root: Path,
-    members: list[Member],
+    jobs: list[Job],
     options: DictConfig,
     progress: Progress,
-    hydra_context: HydraContext,
     *,
     fail_fast: bool,
 ) -> None:
@@ -36,21 +34,21 @@ def run(
     A job that is put back into the queue resumes from where it was. The jobs go on if this process ends.
     """
     garbage.watch()
-    jobs = _submitted(root)
+    submitted = _submitted(root)
     queued = _queue()
-    new = [member for member in members if jobs.get(member.folder.name) not in queued]
+    new = [job for job in jobs if submitted.get(job.folder.name) not in queued]
     with ended_by_signals():
         if new:
-            jobs |= _submit(root, new, options, hydra_context)
-            disk.write(root / FOLDER / JOBS, json.dumps(jobs))
-        ours = {jobs[member.folder.name] for member in members}
-        numbers = ", ".join(sorted({job.split("_")[0] for job in ours}))
-        progress.say(f"{len(new)} members submitted to Slurm, {len(members) - len(new)} there already: job {numbers}; "
+            submitted |= _submit(root, new, options)
+            disk.write(root / FOLDER / JOBS, json.dumps(submitted))
+        ours = {submitted[job.folder.name] for job in jobs}
+        numbers = ", ".join(sorted({number.split("_")[0] for number in ours}))
+        progress.say(f"{len(new)} members submitted to Slurm, {len(jobs) - len(new)} there already: job {numbers}; "
                      f"what they print is in {root / FOLDER}")  # fmt: skip
         try:
             while left := ours & _queue():
                 progress.look()
-                if fail_fast and any(results.status(m.folder) == "failed" for m in members):
+                if fail_fast and any(results.status(m.folder) == "failed" for m in jobs):
                     subprocess.run(["scancel", "--state=PENDING", *left], check=False)
                 time.sleep(POLL_S)
         except BaseException:
@@ -58,34 +56,30 @@ def run(
                          f"to end them: scancel {numbers.replace(',', '')}", logging.WARNING)  # fmt: skip
             raise
     progress.look()
-    for member in members:
-        if results.status(member.folder) == "interrupted" and not fail_fast:
-            fail(member, f"its Slurm job {jobs[member.folder.name]} ended without a result (see {root / FOLDER})")
-        if progress.members[member.folder] == "":
-            progress.ended(member.folder)
+    for job in jobs:
+        if results.status(job.folder) == "interrupted" and not fail_fast:
+            fail(job, f"its Slurm job {submitted[job.folder.name]} ended without a result (see {root / FOLDER})")
+        if progress.members[job.folder] == "":
+            progress.ended(job.folder)
 
 
-def _submit(root: Path, members: list[Member], options: DictConfig, hydra_context: HydraContext) -> dict[str, str]:
+def _submit(root: Path, jobs: list[Job], options: DictConfig) -> dict[str, str]:
     """Hand members to Slurm as a job array; returns the job of each, by the name of its folder."""
     import submitit
 
-    prepare_data(members)
+    prepare_data(jobs)
     executor = submitit.AutoExecutor(root / FOLDER / "%j", "slurm", **_constructor(options))
     executor.update_parameters(name="fmexp", **_parameters(options))
-    submitted = executor.map_array(SlurmJob(), [member.cfg for member in members], [hydra_context] * len(members))
-    return {member.folder.name: job.job_id for member, job in zip(members, submitted, strict=True)}
+    submitted = executor.map_array(SlurmJob(), jobs)
+    return {job.folder.name: handed.job_id for job, handed in zip(jobs, submitted, strict=True)}
 
 
 class SlurmJob:
     """What submitit calls in a job, and puts back into the queue as it is when Slurm warns of the job's end."""
 
-    def __init__(self) -> None:
-        self.command = sys.argv  # which goes on with the sweep
-
-    def __call__(self, cfg: DictConfig, hydra_context: HydraContext) -> None:
-        sys.argv = self.command
+    def __call__(self, job: Job) -> None:
         os.environ["TQDM_DISABLE"] = "1"
-        execute(cfg, hydra_context, console=True)
+        run_job(job, console=True)
 
     def checkpoint(self, *arguments: Any) -> Any:
         import submitit

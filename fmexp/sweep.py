@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from fmexp import config, disk, folder, results
 from fmexp.errors import first_line
+from fmexp.overrides import quote, split, varied_keys
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,14 @@ def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
     Args:
         overrides: as on the command line after --multirun, such as ["optimizer.lr=0.1,0.01", "hydra/launcher=joblib"].
     """
-    from fmexp.cli import quoted
-
-    command = [sys.executable, "-m", "fmexp", "--multirun", *overrides, f"hydra.sweep.dir={quoted(str(Path(root)))}"]
+    command = [sys.executable, "-m", "fmexp", "--multirun", *overrides, f"hydra.sweep.dir={quote(str(Path(root)))}"]
     subprocess.run(command, check=False)
     return read(root)
+
+
+def is_complete(root: Path) -> bool:
+    """Whether no member needs more work."""
+    return all(member.status in ("complete", "diverged") for member in read(root))
 
 
 def by_digest(root: Path) -> dict[str, list[Path]]:
@@ -83,16 +87,6 @@ def by_digest(root: Path) -> dict[str, list[Path]]:
         except Exception as error:  # whatever a damaged file makes a YAML reader raise
             log.warning("%s: its configuration cannot be read, so it is left alone: %s", path, error)
     return found
-
-
-def varied_keys(overrides: Iterable[Sequence[str]]) -> list[str]:
-    """The overridden keys whose values are not the same in all members, in the order of the command line."""
-    values: dict[str, set[str]] = {}
-    count = 0
-    for count, member in enumerate(overrides, 1):  # noqa: B007
-        for key, value in split(member).items():
-            values.setdefault(key, set()).add(value)
-    return [key for key, found in values.items() if len(found) > 1] if count > 1 else list(values)
 
 
 def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Sequence[str], taken: set[Path]) -> Path:
@@ -334,12 +328,6 @@ def _read_member(path: Path) -> Member:
     file = path / ".hydra" / "overrides.yaml"
     words = list(OmegaConf.load(file)) if file.is_file() else []  # fmexp.execute writes none
     return Member(**vars(result), overrides=split([str(word) for word in words]))
-
-
-def split(overrides: Sequence[str]) -> dict[str, str]:
-    """["optimizer.lr=0.1"] -> {"optimizer.lr": "0.1"}."""
-    pairs = (word.partition("=") for word in overrides)
-    return {key.lstrip("+~"): value.strip("'\"") for key, _, value in pairs}
 
 
 def _write_events(path: Path, summaries: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 from hydra.core.global_hydra import GlobalHydra
 
 import fmexp
-from fmexp import cli, launcher
+from fmexp import cli
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 INSTALLED = Path(fmexp.__file__).resolve().parents[1]  # the checkout, or site-packages where the wheel is installed
@@ -80,7 +80,6 @@ def call(*words: str, cwd: Path) -> Finished:
         status = left.code if isinstance(left.code, int) else int(left.code is not None)
     finally:
         os.chdir(before)
-        launcher.LAUNCHED.clear()
         root.handlers[:], root.level = handlers, level
         GlobalHydra.instance().clear()
     return Finished(status, out.getvalue(), err.getvalue())

@@ -24,6 +24,7 @@ import fmexp
 from fmexp import cli, compose, execute
 from fmexp.build import build
 from fmexp.config import conf_dir, resolved
+from fmexp.overrides import quote, resume_command
 from fmexp.run import Run
 
 SCRIPT = Path(sys.executable).with_name("fmexp")
@@ -369,7 +370,7 @@ ODD_VALUES = (
 
 
 def test_sweep_over_odd_values(tmp_path: Path) -> None:
-    words = f"train.tag={','.join(cli.quoted(value) for value in ODD_VALUES)}"
+    words = f"train.tag={','.join(quote(value) for value in ODD_VALUES)}"
     done = call("--multirun", *QUICK, words, cwd=tmp_path)
     assert done.status == 0, done.err
     (sweep,) = tmp_path.glob("multirun/*/*")
@@ -431,11 +432,11 @@ def folder_in(command: str, key: str) -> object:
 def test_command_to_go_on_names_the_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path("/somewhere") / name / "run"
     monkeypatch.setattr(sys, "argv", ["/bin/fmexp", "seed=1", "hydra.run.dir='old one'", "train.tag='a b'"])
-    command = cli.resume_command(folder, single=True)
+    command = resume_command("hydra.run.dir", folder)
     assert folder_in(command, "hydra.run.dir") == str(folder)
     assert shlex.split(command)[:-1] == ["fmexp", "seed=1", "train.tag='a b'"]
     monkeypatch.setattr(sys, "argv", ["/package/fmexp/__main__.py", "-m", "seed=1,2"])
-    command = cli.resume_command(folder, single=False)
+    command = resume_command("hydra.sweep.dir", folder.parent)
     assert folder_in(command, "hydra.sweep.dir") == str(folder.parent)
     assert shlex.split(command)[:-1] == ["python", "-m", "fmexp", "-m", "seed=1,2"]
 
@@ -448,7 +449,7 @@ def odd_folder(tmp_path: Path) -> Path:
 def test_run_in_an_oddly_named_folder_and_once_more(odd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd_folder.parent.mkdir()
     monkeypatch.setattr(sys, "argv", ["fmexp", *QUICK])
-    words = shlex.split(cli.resume_command(odd_folder, single=True))[1:]
+    words = shlex.split(resume_command("hydra.run.dir", odd_folder))[1:]
     done = call(*words, cwd=odd_folder.parent)
     assert done.status == 0, done.err
     assert [path.name for path in odd_folder.parent.iterdir()] == [odd_folder.name]
