@@ -18,6 +18,7 @@ from fmexp import backend, datasets, randomness
 from fmexp.engine import evaluation
 from fmexp.engine.optim import build_optimizer
 from fmexp.errors import CodeError, ConfigError, FmexpError
+from fmexp.hydra_versions import instantiate
 from fmexp.run import Run, Stage, eval_mode, total_steps
 
 
@@ -41,7 +42,7 @@ def build(cfg: DictConfig) -> Run:
     given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
     randomness.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
     try:
-        model = hydra.utils.instantiate(cfg.model, _convert_="all", input_shape=shape, num_classes=classes)
+        model = instantiate(cfg.model, input_shape=shape, num_classes=classes)
     except Exception as error:
         raise _unbuildable("model", cfg.model, error, given) from error
     _check_kind("model", cfg.model, model, nn.Module)
@@ -92,7 +93,7 @@ def _arguments(node: DictConfig) -> list[str]:
 def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> Callable[..., Any]:
     """The target of `node` with its arguments, after a check that it can be imported and takes them."""
     try:
-        function: partial[Any] = hydra.utils.instantiate(arguments, _partial_=True, _convert_="all")
+        function: partial[Any] = instantiate(arguments, _partial_=True)
         inspect.signature(function.func).bind(*given, *function.args, **{**function.keywords, **known})
     except Exception as error:
         raise _unbuildable(key, node, error) from error

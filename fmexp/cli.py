@@ -14,6 +14,7 @@ import fmexp
 from fmexp import config, folder, garbage, messages, plugins
 from fmexp.config import conf_dir
 from fmexp.errors import FmexpError
+from fmexp.hydra_versions import VERSION_BASE
 from fmexp.overrides import resume_command
 from fmexp.stop import held_back
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 DIVERGED = 3  # the exit status of a single run that diverged; an error is 1, a wrong flag 2, a signal 128 + its number
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+@hydra.main(**VERSION_BASE, config_path=str(conf_dir()), config_name="config")
 def run(cfg: DictConfig) -> float:
     """Execute a composed run. Hydra calls this for a single run; a sweep's members are `fmexp.sweep`'s."""
     hydra_cfg = HydraConfig.get()

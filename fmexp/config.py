@@ -24,6 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fmexp.errors import ConfigError
+from fmexp.hydra_versions import VERSION_BASE
 
 
 class Moment(Enum):
@@ -255,7 +256,7 @@ def compose(
     from fmexp import plugin_options  # noqa: F401  # a recipe may name launchers and sweepers
 
     own = [f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()}]"] if config_dir is not None else []
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="fmexp"):
+    with initialize_config_dir(**VERSION_BASE, config_dir=str(conf_dir()), job_name="fmexp"):
         cfg = hydra_compose("config", overrides=[*overrides, *own])
     _check_keys(cfg)
     return cfg

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from fmexp import files, randomness
 from fmexp.errors import ConfigError, DataError
+from fmexp.hydra_versions import instantiate
 from fmexp.stop import held_back, patient
 
 GARMENTS = (
@@ -285,7 +285,7 @@ def load(cfg: DictConfig) -> Dataset:
     node = json.dumps(OmegaConf.to_container(cfg, resolve=True), sort_keys=True)
     if node not in _latest:
         randomness.seed_all(0)  # what the data is does not depend on the run's seed, unless its YAML says so
-        dataset = hydra.utils.instantiate(cfg, _convert_="all")
+        dataset = instantiate(cfg)
         _latest.clear()
         _latest[node] = dataset
     return _latest[node]

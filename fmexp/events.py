@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hydra.utils
 from google.protobuf import text_format
 from omegaconf import DictConfig
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -31,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fmexp import disk
 from fmexp.config import hparams
+from fmexp.hydra_versions import instantiate
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,7 @@ def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> Summa
     purge_step = (cfg.get("purge_step") or 0) if step is None else step + 1
     # An absolute path: a relative one breaks when the program changes its folder. The comment is in the folder's name.
     with _names_sort_last(output_dir):
-        writer: SummaryWriter = hydra.utils.instantiate(
-            cfg, log_dir=str(output_dir.resolve()), comment="", purge_step=purge_step, _convert_="all"
-        )
+        writer: SummaryWriter = instantiate(cfg, log_dir=str(output_dir.resolve()), comment="", purge_step=purge_step)
     if text := _read(output_dir / PROJECTOR):
         writer._projector_config = text_format.Parse(text, ProjectorConfig())
     return writer

@@ -5,8 +5,9 @@ It is stored here and not in conf/, for Hydra would check YAML files against its
 
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+
+from fmexp.hydra_versions import store
 
 # Hydra 1.3 instantiates plugins only under the name of this package. 1.4 drops the rule.
 PACKAGE = "hydra_plugins.fmexp"
@@ -47,7 +48,7 @@ def register() -> None:
     Plugins.instance()  # stores Hydra's own of the same names first, so that these replace them
     for group, options in OPTIONS.items():
         for name, node in options.items():
-            ConfigStore.instance().store(group=f"hydra/{group}", name=name, node=node)
+            store(f"hydra/{group}", name, node)
 
 
 register()

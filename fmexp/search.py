@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
@@ -22,6 +21,7 @@ from omegaconf import DictConfig
 
 from fmexp import config, sweep
 from fmexp.errors import ConfigError, FmexpError
+from fmexp.hydra_versions import instantiate
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Search(Sweeper):
         while count < self.n_trials:
             batch = []
             for number in range(count, min(count + at_once, self.n_trials)):
-                self.study.sampler = hydra.utils.instantiate(self.sampler, seed=self.seed + number, _convert_="all")
+                self.study.sampler = instantiate(self.sampler, seed=self.seed + number)
                 batch.append(self.study.ask(fixed_distributions=space))
             count += len(batch)
             yield batch

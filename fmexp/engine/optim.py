@@ -2,10 +2,11 @@
 
 import inspect
 
-import hydra.utils
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
+
+from fmexp.hydra_versions import instantiate
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
@@ -16,7 +17,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     for method in (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict):
         # Otherwise they import torch._dynamo, over a second, only to tell it that it is not wanted.
         vars(inspect.unwrap(method)).setdefault("__dynamo_disable", inspect.unwrap(method))
-    build = hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
+    build = instantiate(cfg, _partial_=True)
     faster = {"fused"} if not {"fused", "foreach", "differentiable"} & cfg.keys() else set()
     if any(parameter.is_cuda for parameter in model.parameters()) and "capturable" not in cfg:
         faster.add("capturable")
