@@ -18,8 +18,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from fmexp import compose, events, execute, execution
+from fmexp import compose, execute, execution
 from fmexp.build import build
+from fmexp.rundir import tensorboard
 from fmexp.trainer import Trainer
 
 DEFAULT_THREADS = torch.get_num_threads()
@@ -100,7 +101,7 @@ def evaluation() -> float:
     """Seconds of fmexp's pass over the test split and the stages after it."""
     run = build(compose(["experiment=tutorial", "device=cpu"]))
     with tempfile.TemporaryDirectory() as folder:
-        run.writer = events.open_writer(run.cfg.logging, Path(folder), step=None)
+        run.writer = tensorboard.open_writer(run.cfg.logging, Path(folder), step=None)
         began = time.perf_counter()
         with run.backend.applied():
             run.run_stages("end")

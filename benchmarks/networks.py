@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fmexp import backend
-from fmexp.backend import Backend
+from fmexp.engine import backend
+from fmexp.engine.backend import Backend
 from fmexp.engine.step import train_step
 
 TORCHVISION = ("mobilenet_v3_small", "mobilenet_v2", "shufflenet_v2_x0_5", "efficientnet_b0", "resnet18",

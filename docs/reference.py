@@ -1,4 +1,4 @@
-"""Make docs/reference.md: every key of the configuration, from conf/ and the schemas in fmexp/config.py.
+"""Make docs/reference.md: every key of the configuration, from conf/ and the schemas in fmexp/config/schema.py.
 
 `python docs/reference.py` writes it; with `--check` it writes nothing, and exits with 1 where the page is out of date.
 """
@@ -17,16 +17,18 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from fmexp import compose, launcher
+from fmexp import compose
 from fmexp.config import Config, conf_dir, flat
+from fmexp.config.plugin_options import PACKAGE
+from fmexp.sweep import plugins
 
 PAGE = Path(__file__).with_name("reference.md")
 INTRO = """\
 # Reference
 
 Every key of the configuration, by group. `key=value` sets one, `group=option` chooses. `python docs/reference.py` makes
-this page from `conf/` and the schemas in `fmexp/config.py`, whose comments are the meanings below. How to begin is in
-[tutorial.md](tutorial.md), options of your own are in [own.md](own.md).
+this page from `conf/` and the schemas in `fmexp/config/schema.py`, whose comments are the meanings below. How to
+begin is in [tutorial.md](tutorial.md), options of your own are in [own.md](own.md).
 """
 WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
 LIMITS = {"least": "at least", "most": "at most", "above": "above", "below": "below"}
@@ -106,9 +108,9 @@ def _hydra(root: Path) -> Iterator[str]:
         for file in sorted(store.list(f"hydra/{group}")):
             node = store.load(f"hydra/{group}/{file}").node
             package, _, name = OmegaConf.to_container(node)["_target_"].rpartition(".")
-            if package != "hydra_plugins.fmexp":
+            if package != PACKAGE:
                 continue
-            about, _, arguments = inspect.cleandoc(getattr(launcher, name).__doc__).partition("\n\n")
+            about, _, arguments = inspect.cleandoc(getattr(plugins, name).__doc__).partition("\n\n")
             notes = dict(re.findall(r"^ {4}(\w+): ((?:.|\n {8})*)", arguments, re.MULTILINE))
             values = OmegaConf.to_container(node, resolve=False)
             yield f"### `hydra/{group}={file.removesuffix('.yaml')}`\n\n{' '.join(about.split())}\n"
@@ -210,7 +212,7 @@ def _table(rows: Any, heads: tuple[str, ...] = ("Key", "Default", "Type and rang
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for key, value, *words in rows:
         if not all(words):
-            raise SystemExit(f"{key} has no comment that says what it means, neither in YAML nor in fmexp/config.py.")
+            raise SystemExit(f"{key} has no comment that says what it means, neither in YAML nor in the schema.")
         cells = [f"`{key}`", f"`{value}`", *(word.replace("<", "\\<").replace("|", "\\|") for word in words)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

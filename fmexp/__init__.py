@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fmexp.config import compose
     from fmexp.execution import execute
-    from fmexp.results import read
+    from fmexp.rundir.results import read
 
 __version__ = "0.1.0"
 __all__ = ["compose", "execute", "read"]
 
-_LATER = {"compose": "fmexp.config", "execute": "fmexp.execution", "read": "fmexp.results"}
+_LATER = {"compose": "fmexp.config", "execute": "fmexp.execution", "read": "fmexp.rundir.results"}
 
 
 def __getattr__(name: str) -> object:

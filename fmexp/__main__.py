@@ -2,12 +2,12 @@
 
 import os
 
-from fmexp import garbage
+from fmexp import process
 
 
 def main() -> None:
     """Run the program."""
-    garbage.wait()
+    process.pause_gc()
     # Waiting threads of OpenMP spin so long by default that a busy machine comes to a standstill (docs/performance.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from fmexp import cli

@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fmexp import backend, datasets, randomness
-from fmexp.engine import evaluation
+from fmexp import datasets, rng
+from fmexp.config.hydra_versions import instantiate
+from fmexp.engine import backend, evaluation
 from fmexp.engine.optim import build_optimizer
 from fmexp.errors import CodeError, ConfigError, FmexpError
-from fmexp.hydra_versions import instantiate
 from fmexp.run import Run, Stage, eval_mode, total_steps
 
 
@@ -29,7 +29,7 @@ def build(cfg: DictConfig) -> Run:
         ConfigError, DataError: something cannot be built; the message names the key and the way out.
     """
     device = backend.find_device(cfg.device)
-    randomness.seed_all(cfg.seed)
+    rng.seed_all(cfg.seed)
     stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
     _bound("logging", cfg.logging, cfg.logging, log_dir="", comment="", purge_step=None)
     try:
@@ -40,14 +40,14 @@ def build(cfg: DictConfig) -> Run:
     datasets.check(dataset)
     shape, classes = dataset.input_shape, len(dataset.classes)
     given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
-    randomness.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
+    rng.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
     try:
         model = instantiate(cfg.model, input_shape=shape, num_classes=classes)
     except Exception as error:
         raise _unbuildable("model", cfg.model, error, given) from error
     _check_kind("model", cfg.model, model, nn.Module)
     model = model.to(device)
-    with randomness.forked(randomness.key(cfg.seed, "batch")):
+    with rng.fork(rng.derive_seed(cfg.seed, "batch")):
         dataset = dataset.to(device)
         images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
     with eval_mode(model, cfg.seed):
@@ -101,9 +101,9 @@ def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any
 
 
 def _stage(name: str, node: DictConfig) -> Stage:
-    arguments = {k: v for k, v in node.items() if k not in ("enabled", "on", "required")}
+    arguments = {k: v for k, v in node.items() if k not in ("enabled", "required", "when")}
     function = _bound(f"stage.{name}", node, arguments, None)
-    return Stage(name, str(getattr(node.on, "name", node.on)), bool(node.get("required", False)), function)
+    return Stage(name, str(getattr(node.when, "name", node.when)), bool(node.get("required", False)), function)
 
 
 def _check_kind(key: str, node: DictConfig, made: object, kind: type) -> None:

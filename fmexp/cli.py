@@ -11,12 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import fmexp
-from fmexp import config, folder, garbage, messages, plugins
+from fmexp import config, messages, process
 from fmexp.config import conf_dir
+from fmexp.config.hydra_versions import VERSION_BASE
+from fmexp.config.overrides import resume_command
 from fmexp.errors import FmexpError
-from fmexp.hydra_versions import VERSION_BASE
-from fmexp.overrides import resume_command
-from fmexp.stop import held_back
+from fmexp.process import block_signals
+from fmexp.rundir import layout
+from fmexp.sweep import plugins
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +36,14 @@ def run(cfg: DictConfig) -> float:
     }
     try:
         config.check(cfg)  # execute does so too, but after some seconds of importing torch
-        with held_back():  # a signal's exception in the midst of torch's import aborts the process
+        with block_signals():  # a signal's exception in the midst of torch's import aborts the process
             from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
-        garbage.watch()
+        process.resume_gc()
         with beside_the_bar():
             command = resume_command("hydra.run.dir", output_dir)
             objective = execute(cfg, output_dir, hydra_files=files, resume_command=command)
-    except folder.HeldError:
+    except layout.LockedError:
         raise
     except Exception as error:
         remove_empty(output_dir)
@@ -50,7 +52,7 @@ def run(cfg: DictConfig) -> float:
                 f"{output_dir}: the run failed, {type(error).__name__}: {error} (fmexp.log has all)"
             ) from error
         raise
-    if (folder.read_result(output_dir) or {}).get("status") == "diverged":
+    if (layout.read_result(output_dir) or {}).get("status") == "diverged":
         sys.exit(DIVERGED)
     return objective
 

@@ -17,11 +17,12 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 import fmexp
-from fmexp import checkpoint, config, datasets, disk, events, folder, randomness
+from fmexp import config, datasets, rng
 from fmexp.build import build, target
 from fmexp.errors import FmexpError
+from fmexp.process import Stop
 from fmexp.run import Run, disk_full, total_steps
-from fmexp.stop import Stop
+from fmexp.rundir import atomic, checkpoint, hparams, layout, tensorboard
 from fmexp.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)
@@ -50,17 +51,17 @@ def execute(
     config.check(cfg)
     tree = config.resolved(cfg)
     output_dir = Path(output_dir).absolute()
-    folder.check_identity(output_dir, tree, resume=cfg.resume)
+    layout.check_identity(output_dir, tree, resume=cfg.resume)
     if (objective := _finished(output_dir)) is not None:
         return objective
     run = build(cfg)
-    with folder.locked(output_dir), _log_file(output_dir / "fmexp.log"), events.silent_writer(), Stop() as stop:
-        folder.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
+    with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
+        layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir)) is not None:
             return objective
         state = checkpoint.load(output_dir)
         if state:  # .hydra/, which check_identity reads, may have been removed
-            folder.check_same(output_dir, state["config"], tree)
+            layout.check_same(output_dir, state["config"], tree)
         try:
             return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
@@ -86,26 +87,26 @@ class _Execution:
     def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
         """Go on from a checkpoint's state, or begin; return the objective."""
         run = self.run
-        begun = state or folder.holds_run(self.output_dir)
-        disk.clear((self.output_dir / folder.CONFIG).parent)
-        text = folder.write_config(self.output_dir, self.tree, hydra_files)
-        (self.output_dir / folder.RESULT).unlink(missing_ok=True)
+        begun = state or layout.holds_run(self.output_dir)
+        atomic.remove_leftovers((self.output_dir / layout.CONFIG).parent)
+        text = layout.write_config(self.output_dir, self.tree, hydra_files)
+        (self.output_dir / layout.RESULT).unlink(missing_ok=True)
         if begun:  # else what stands here is not ours
-            disk.clear(self.output_dir)
-            events.rewind(self.output_dir, state["events"] if state else events.EMPTY)
+            atomic.remove_leftovers(self.output_dir)
+            tensorboard.rewind(self.output_dir, state["events"] if state else tensorboard.EMPTY)
         if state:
             self.trainer.load_state_dict(state)
         run.output_dir = self.output_dir
-        run.writer = events.open_writer(run.cfg.logging, self.output_dir, step=run.step if state else None)
+        run.writer = tensorboard.open_writer(run.cfg.logging, self.output_dir, step=run.step if state else None)
         try:
             self._announce(resumed=state is not None)
             with run.backend.applied():
                 if not state:
-                    events.write_hparams(run.writer, self.output_dir, self.tree)
+                    hparams.write_hparams(run.writer, self.output_dir, self.tree)
                     run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{text}```", 0)
                     run.run_stages("start")
                 else:  # as the last thing before training, so that nothing draws from it in between
-                    randomness.restore(state["random"])
+                    rng.set_state(state["random"])
                 try:
                     self.trainer.fit()
                     run.run_stages("end")
@@ -117,7 +118,7 @@ class _Execution:
         except BaseException as error:
             with suppress(Exception):  # a writer on a full disk raises once more
                 if isinstance(error, Exception) and not disk_full(error):
-                    events.write_status(run.writer, complete=False)
+                    hparams.write_status(run.writer, complete=False)
                 run.writer.close()
             raise
 
@@ -125,15 +126,15 @@ class _Execution:
         run = self.run
         run.seconds += time.monotonic() - self.trainer.started
         run.writer.add_scalar("wall_seconds", run.seconds, run.step)
-        events.write_status(run.writer, status == "complete")
-        events.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
+        hparams.write_status(run.writer, status == "complete")
+        tensorboard.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
         if status == "complete":
             weights = run.model.state_dict()
             for name, value in weights.items():
                 if isinstance(value, torch.Tensor):
                     weights[name] = value.cpu()  # to be read where there is no such device
-            with disk.whole(self.output_dir / "model.pt") as file:
+            with atomic.atomic_open(self.output_dir / "model.pt") as file:
                 torch.save(weights, file)
         objective = _write_result(run, self.output_dir, self.tree, status)
         checkpoint.discard(self.output_dir)
@@ -145,7 +146,7 @@ class _Execution:
         data, cfg = run.dataset, run.cfg
         channels, height, width = data.input_shape
         settings = ", ".join(f"{k} {v}" for k, v in self.tree["optimizer"].items() if k != "_target_" and v)
-        stages = ", ".join(f"{stage.name} ({stage.on})" for stage in run.stages)
+        stages = ", ".join(f"{stage.name} ({stage.when})" for stage in run.stages)
         images = " + ".join(
             f"{datasets.length(part):,} {name}" for part, name in ((data.train, "training"), (data.test, "test"))
         )
@@ -209,7 +210,7 @@ def _logdir(output_dir: Path) -> str:
 
 def _finished(output_dir: Path) -> float | None:
     """The objective of a run that needs no more work, or None."""
-    result = folder.read_result(output_dir)
+    result = layout.read_result(output_dir)
     if not result or result.get("status") not in ("complete", "diverged"):
         return None
     with suppress(OSError):  # a folder that may only be read
@@ -232,7 +233,7 @@ def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str,
         "versions": versions(),
         **more,
     }
-    folder.write_result(output_dir, result)
+    layout.write_result(output_dir, result)
     return objective
 
 

@@ -76,8 +76,6 @@ def of_config(error: OmegaConfBaseException) -> str:
     if not isinstance(error, ConfigKeyError | ConfigAttributeError) or not isinstance(error.parent_node, DictConfig):
         return config.wrong_value(error)
     part, name = _key(error)
-    if name == "True":
-        return f'{part}: write "on" in quotes in its YAML file, for YAML reads a bare on as true.'
     return config.no_key(part, name, error.parent_node)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-from fmexp import datasets, randomness
-from fmexp.backend import Backend
+from fmexp import datasets, rng
+from fmexp.engine.backend import Backend
 from fmexp.engine.evaluation import Evaluation, evaluate
 
 log = logging.getLogger(__name__)
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its YAML has it: call `function(run)` on the moment `on`."""
+    """A stage as its YAML has it: call `function(run)` at the moment `when`."""
 
     name: str
-    on: str
+    when: str
     required: bool
     function: Callable[["Run"], None]
 
@@ -70,7 +70,7 @@ class Run:
         """What the model, as it is now, says of a split ("train" or "test"): one pass, kept until the next batch."""
         if split not in self._evaluations:
             how = self.evaluation_backend
-            with eval_mode(self.model, randomness.key(self.cfg.seed, "evaluation")), how.applied():
+            with eval_mode(self.model, rng.derive_seed(self.cfg.seed, "evaluation")), how.applied():
                 self._evaluations[split] = evaluate(
                     self.model,
                     self.dataset,
@@ -98,12 +98,12 @@ class Run:
     def run_stages(self, moment: str) -> None:
         """Execute the stages of a moment, in the order of the configuration."""
         for stage in self.stages:
-            if stage.on == moment:
+            if stage.when == moment:
                 self._execute(stage)
 
     def _execute(self, stage: Stage) -> None:
         try:
-            with eval_mode(self.model, randomness.key(self.cfg.seed, stage.name, self.step)):
+            with eval_mode(self.model, rng.derive_seed(self.cfg.seed, stage.name, self.step)):
                 stage.function(self)
         except Exception as error:
             if stage.required or disk_full(error):
@@ -122,7 +122,7 @@ def eval_mode(model: nn.Module, seed: int) -> Iterator[None]:
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with randomness.forked(seed):
+        with rng.fork(seed):
             yield
     finally:
         for module, mode in modes:

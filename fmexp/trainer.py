@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fmexp import checkpoint, datasets, events, randomness
+from fmexp import datasets, rng
 from fmexp.engine.compile import compile_step
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
 from fmexp.engine.extra_state import ExtraState
 from fmexp.engine.step import Step, train_step
 from fmexp.errors import first_line
+from fmexp.process import Stop
 from fmexp.run import Run, eval_mode, steps_per_epoch, total_steps
-from fmexp.stop import Stop
+from fmexp.rundir import checkpoint, tensorboard
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class Trainer:
         if self.folder is None:
             return
         began = time.monotonic()
-        state = {"events": events.snapshot(self.run.writer, self.folder), **self.about, **self.state_dict()}
+        state = {"events": tensorboard.snapshot(self.run.writer, self.folder), **self.about, **self.state_dict()}
         checkpoint.save(self.folder, state, read_back=self.first_save)
         self.first_save = False
         self.saved = time.monotonic()
@@ -179,7 +180,7 @@ class Trainer:
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "extra": self.extra.state_dict(),
-            "random": randomness.capture(),
+            "random": rng.get_state(),
             "backend": asdict(run.backend),
         }
 

@@ -10,8 +10,9 @@ import torch
 from tools import interrupt, small
 from torch import Tensor, nn
 
-from fmexp import backend, config, execute, models
+from fmexp import config, execute, models
 from fmexp.build import build
+from fmexp.engine import backend
 from fmexp.errors import ConfigError
 
 DEFAULT = (torch._C._get_mkldnn_enabled(), torch.get_num_threads())

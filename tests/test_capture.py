@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fmexp import compose, datasets, execute, models, trainer
+from fmexp.datasets import dataset
 from fmexp.engine import cuda_graph, optim, step
 from fmexp.run import Run
 
@@ -117,7 +118,7 @@ def test_a_captured_run_resumes_to_the_bit(graph: Callable[..., CpuGraph], tmp_p
 def test_what_a_stage_may_keep_of_a_batch_is_not_overwritten(graph: Callable[..., CpuGraph], tmp_path: Path) -> None:
     graph(CpuGraph())
     kept.clear()
-    execute(small(*LIGHT, "train.log_every=1", "+stage.keep={_target_:test_capture.keep,on:log}"), tmp_path)
+    execute(small(*LIGHT, "train.log_every=1", "+stage.keep={_target_:test_capture.keep,when:log}"), tmp_path)
     assert len(kept) == 16
     for images, labels, copies in kept:
         assert torch.equal(images, copies[0])
@@ -154,7 +155,7 @@ def replace(run: Run) -> None:
 
 @pytest.mark.parametrize("change", ["halve", "freeze", "forget", "replace", "loosen"])
 def test_what_a_stage_changes_is_captured_anew(both: Callable[..., CpuGraph], tmp_path: Path, change: str) -> None:
-    stage = f"+stage.change={{_target_:test_capture.{change},on:log}}"
+    stage = f"+stage.change={{_target_:test_capture.{change},when:log}}"
     recorder = both(*LIGHT, *MLP, stage, "train.log_every=16", "train.epochs=2")
     assert recorder.recorded == 2
     assert len(lines(tmp_path / "graph", "INFO")) == 2
@@ -200,12 +201,12 @@ def test_a_tensor_that_is_neither_parameter_nor_buffer_goes_on_too(
 
 
 def test_a_setting_that_changes_once_an_epoch_is_captured_each_time(both: Callable[..., CpuGraph]) -> None:
-    stage = "+stage.change={_target_:test_capture.halve,on:epoch}"
+    stage = "+stage.change={_target_:test_capture.halve,when:epoch}"
     assert both(*LIGHT, stage, "train.epochs=6").recorded == 6
 
 
 def test_a_setting_that_changes_all_the_time_is_captured_ever_more_rarely(both: Callable[..., CpuGraph]) -> None:
-    stage = "+stage.change={_target_:test_capture.halve,on:log}"
+    stage = "+stage.change={_target_:test_capture.halve,when:log}"
     recorder = both(*LIGHT, stage, "train.log_every=1", "train.epochs=4")
     # 64 steps: a capture after 3 plain ones, and after 6, 12 and 24 more, each used for none
     assert recorder.recorded == 4
@@ -235,7 +236,7 @@ def test_a_hook_that_a_stage_adds_is_called_at_every_step_from_then_on(
     for name, given in (("plain", None), ("graph", CpuGraph())):
         graph(given)
         spied.clear()
-        stage = "+stage.spy={_target_:test_capture.spy,on:log}"
+        stage = "+stage.spy={_target_:test_capture.spy,when:log}"
         execute(small(*LIGHT, stage, "train.log_every=8", "train.epochs=2"), tmp_path / name)
         assert spied.count(True) == 32 - 8, name
     assert len(lines(tmp_path / "graph", "INFO")) == 1
@@ -394,7 +395,7 @@ def obscure(run: Run) -> None:
 def test_what_a_stage_adds_and_cannot_be_compared_is_trained_plainly_from_then_on(
     both: Callable[..., CpuGraph], tmp_path: Path
 ) -> None:
-    stage = "+stage.obscure={_target_:test_capture.obscure,on:log}"
+    stage = "+stage.obscure={_target_:test_capture.obscure,when:log}"
     assert both(*LIGHT, stage, "train.log_every=8", "train.epochs=2").recorded == 1
     (line,) = lines(tmp_path / "graph", "WARNING")
     assert "cannot pickle 'generator' object" in line
@@ -463,7 +464,7 @@ class Elsewhere(TorchDispatchMode):
 def test_the_step_of_every_model_and_optimizer_stays_on_a_cuda_device(model: str, optimizer: str) -> None:
     """With tensors that are on CUDA and hold nothing: torch checks devices and shapes. It has no backward there."""
     cfg = compose([f"model={model}", f"optimizer={optimizer}"])
-    datasets._per_channel.cache_clear()
+    dataset._per_channel.cache_clear()
     try:
         with FakeTensorMode(), torch.device("cuda"):
             net = hydra.utils.instantiate(cfg.model, input_shape=(3, 32, 32), num_classes=10)
@@ -485,7 +486,7 @@ def test_the_step_of_every_model_and_optimizer_stays_on_a_cuda_device(model: str
             assert all(group.get("fused") or group.get("capturable") for group in groups)
             assert all(group.get("capturable", True) for group in groups), "else torch refuses the capture"
     finally:
-        datasets._per_channel.cache_clear()
+        dataset._per_channel.cache_clear()
 
 
 def test_a_checkpoint_of_another_device_takes_this_ones_form_of_the_optimizer(

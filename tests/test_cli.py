@@ -24,7 +24,7 @@ import fmexp
 from fmexp import cli, compose, execute
 from fmexp.build import build
 from fmexp.config import conf_dir, resolved
-from fmexp.overrides import quote, resume_command
+from fmexp.config.overrides import quote, resume_command
 from fmexp.run import Run
 
 SCRIPT = Path(sys.executable).with_name("fmexp")
@@ -392,7 +392,7 @@ def faulty(run: Run, *, complaint: str | None) -> None:
         raise ValueError(complaint)
 
 
-FAULTY = ("+stage.faulty._target_=test_cli.faulty", "+stage.faulty.on=log", "+stage.faulty.required=true")
+FAULTY = ("+stage.faulty._target_=test_cli.faulty", "+stage.faulty.when=log", "+stage.faulty.required=true")
 
 
 def test_failing_members_harm_no_others(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tools import read_events, scalars, small, write_cifar10, write_idx_splits
 from torch.utils.tensorboard import SummaryWriter
 
-import fmexp.launcher  # registers what recipes choose of hydra/sweeper
+import fmexp.sweep.launcher  # registers what recipes choose of hydra/sweeper
 from fmexp import compose, config, datasets, execute
-from fmexp.config import SCHEMAS, Config, Moment, conf_dir
+from fmexp.config import SCHEMAS, Config, Moment, conf_dir, schema
 from fmexp.errors import ConfigError
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
@@ -35,7 +35,7 @@ GROUPS: dict[str, list[str]] = {
 OPTIONS = [(group, name) for group, names in GROUPS.items() if group not in ("stage", "experiment") for name in names]
 # What a function is given by the run and not by YAML.
 GIVEN = {"model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"}}
-OF_EVERY_STAGE = {"enabled", "on", "required"}
+OF_EVERY_STAGE = {"enabled", "required", "when"}
 
 
 def raw(path: Path) -> dict[str, Any]:
@@ -202,17 +202,17 @@ def test_a_key_that_nothing_reads_is_refused(part: str, tmp_path: Path) -> None:
 
 
 def test_what_a_part_takes_and_what_another_value_reads_is_free() -> None:
-    words = ("+optimizer.maximize=true", "+stage.mine._target_=builtins.print", "+stage.mine.on=end", "+rate=0.5")
+    words = ("+optimizer.maximize=true", "+stage.mine._target_=builtins.print", "+stage.mine.when=end", "+rate=0.5")
     cfg = compose([*words, "optimizer.lr=${rate}", "+train.mine=3", "train.epochs=${train.mine}"])
     config.check(cfg)
     assert (cfg.optimizer.maximize, cfg.optimizer.lr, cfg.train.epochs) == (True, 0.5, 3)
 
 
 def test_every_part_whose_keys_are_fixed_is_a_dataclass() -> None:
-    parts = {"": Config, "train": config.Train, "sweep": config.Sweep}
+    parts = {"": Config, "train": schema.Train, "sweep": schema.Sweep}
     assert parts.keys() <= config.closed().keys()
-    for part, schema in parts.items():
-        assert config.closed()[part] == [field.name for field in dataclasses.fields(schema)]
+    for part, kind in parts.items():
+        assert config.closed()[part] == [field.name for field in dataclasses.fields(kind)]
 
 
 def test_every_schema_is_used() -> None:

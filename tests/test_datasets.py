@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from fmexp import datasets, execute
-from fmexp.datasets import Dataset, Split
+from fmexp.datasets import Dataset, Split, catalog
 from fmexp.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -322,7 +322,7 @@ def pack_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "MNIST", "KMNIST"])
 def test_the_files_and_their_checksums_are_torchvisions(name: str) -> None:
-    known = list(zip(datasets._IDX_FILES, datasets._IDX_MD5[name], strict=True))
+    known = list(zip(catalog._IDX_FILES, catalog._IDX_MD5[name], strict=True))
     assert known == getattr(torchvision.datasets, name).resources
 
 

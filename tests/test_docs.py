@@ -26,6 +26,7 @@ from program import run as run_program
 from tools import write_idx_splits
 
 from fmexp import read, sweep
+from fmexp.sweep.__main__ import main as sweep_main
 
 BASH = shutil.which("bash") or ""
 SCRIPT = Path(sys.executable).with_name("fmexp")
@@ -278,7 +279,7 @@ def test_commands_that_print_a_table(
     assert len(commands) >= 2
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["sweep.py", *placed(command.words)])
-        sweep.main()
+        sweep_main()
         table = capsys.readouterr().out
         assert "2 members: 2 complete" in table
         assert all(f"complete  {member.seconds:.1f}" in table for member in sweep.read(here / SWEPT))

@@ -177,7 +177,7 @@ def test_one_pass_serves_the_epoch_and_all_stages_at_the_end(enabled: tuple[str,
 
 def test_the_evaluation_is_made_anew_after_more_training(tmp_path: Path) -> None:
     others = [f"stage.{name}.enabled=false" for name in ("image_grid", "projector", "predictions", "confusion_matrix")]
-    execute(small("stage.pr_curves.on=log", "optimizer.lr=0.1", *others), tmp_path)
+    execute(small("stage.pr_curves.when=log", "optimizer.lr=0.1", *others), tmp_path)
     events = read_events(tmp_path)
     curves = [[make_ndarray(e.tensor_proto).tobytes() for e in events.Tensors(name)] for name in datasets.GARMENTS]
     at_each_step = list(zip(*curves, strict=True))

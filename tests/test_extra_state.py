@@ -12,17 +12,19 @@ from tools import assert_same_weights, interrupt, read_events, scalars, small
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from fmexp import checkpoint, execute
+from fmexp import execute
 from fmexp.build import build
 from fmexp.config import conf_dir
 from fmexp.engine import step
 from fmexp.engine.extra_state import ExtraState
 from fmexp.run import Run
+from fmexp.rundir import checkpoint
 
 QUIET = ("logging=light", "stage.per_class_accuracy.enabled=false")
 SCHEDULED = (
     *QUIET, "optimizer=custom", "optimizer._target_=test_extra_state.Scheduled", "optimizer.lr=0.1",
-    "+stage.rate._target_=test_extra_state.rate", "+stage.rate.on=log", "train.log_every=1", "train.checkpoint_every=5",
+    "+stage.rate._target_=test_extra_state.rate", "+stage.rate.when=log", "train.log_every=1",
+    "train.checkpoint_every=5",
 )  # fmt: skip
 OPTIONS = {group: sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) for group in ("model", "optimizer")}
 OTHERS = ("Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop")

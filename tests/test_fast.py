@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from tools import assert_same_weights, interrupt, read_events, scalars, small, weights
 from torch import Tensor, nn
 
-from fmexp import backend, config, datasets, execute, models
-from fmexp.engine import optim, step
+from fmexp import config, datasets, execute, models
+from fmexp.engine import backend, optim, step
 from fmexp.errors import ConfigError
 from fmexp.stages import predictions
 

@@ -1,4 +1,4 @@
-"""Tests fmexp.files against a real HTTP server on this machine, real processes and damaged files."""
+"""Tests fmexp.datasets.download against a real HTTP server on this machine, real processes and damaged files."""
 
 import errno
 import gzip
@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
+from fmexp.datasets.download import Remote, fetch, open_checked, read_idx
 from fmexp.errors import DataError
-from fmexp.files import Remote, fetch, open_checked, read_idx
 
 HINT = "Use dataset=synthetic instead."
 GATE_S = 60  # bounds a broken test only; no passing test waits for it
@@ -34,7 +34,7 @@ GATE_S = 60  # bounds a broken test only; no passing test waits for it
 CHILD = """
 import logging, signal, sys
 from pathlib import Path
-from fmexp.files import Remote, fetch
+from fmexp.datasets.download import Remote, fetch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 folder, mirror, *pairs = sys.argv[1:]
@@ -193,7 +193,7 @@ def test_next_mirror_is_tried(
     fetch([BIG], folder, [f"{server.url}/bad", server.serve_all("good")], download=True, hint=HINT)
     assert held(folder) == {BIG.name: BIG_BODY}
     assert server.requests == ["/bad/big.gz", "/good/big.gz"]
-    (warning,) = [record for record in caplog.records if record.name == "fmexp.files"]
+    (warning,) = [record for record in caplog.records if record.name == "fmexp.datasets.download"]
     assert warning.levelno == logging.WARNING
     assert f"{server.url}/bad/big.gz" in warning.getMessage()
     assert reason in warning.getMessage()

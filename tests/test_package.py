@@ -268,10 +268,7 @@ def test_commands_of_the_example(command: str, installed: Installed, own_project
 
 
 def test_missing_conf_is_said(installed: Installed, tmp_path: Path) -> None:
-    for path in (installed.site / "fmexp").glob("*.py"):
-        target = tmp_path / "fmexp" / path.name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(path.read_bytes())
+    shutil.copytree(installed.site / "fmexp", tmp_path / "fmexp", ignore=shutil.ignore_patterns("conf", "__pycache__"))
     done = run("--help", cwd=tmp_path, env=environment(tmp_path))
     assert done.status == 1
     assert f"fmexp's conf/ is neither in {tmp_path / 'fmexp'} nor beside it; install fmexp again" in done.err

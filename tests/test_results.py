@@ -16,10 +16,11 @@ from tools import scalars, small
 from torch.utils.tensorboard import SummaryWriter
 
 import fmexp
-from fmexp import execute, folder, results, sweep
+from fmexp import execute, sweep
 from fmexp.config import resolved
 from fmexp.errors import FmexpError
 from fmexp.run import Run
+from fmexp.rundir import layout, results
 
 SEEN: list[results.Result] = []
 
@@ -48,7 +49,7 @@ def begun(tmp_path: Path) -> Path:
     """The folder of a run that has written its configuration, and nothing else."""
     path = tmp_path / "run"
     path.mkdir()
-    folder.write_config(path, resolved(small()), {})
+    layout.write_config(path, resolved(small()), {})
     return path
 
 
@@ -56,7 +57,7 @@ def test_a_complete_run(run_small: Callable[..., tuple[Path, EventAccumulator]])
     path, events = run_small()
     run = fmexp.read(str(path))
     assert (run.folder, run.status, run.steps, run.failures, run.error) == (path, "complete", 16, {}, "")
-    assert run.content == folder.read_result(path)
+    assert run.content == layout.read_result(path)
     assert run.objective == run.metrics["test/accuracy"] == run.content["objective"]
     assert run.seconds == run.content["seconds"] > 0
     assert set(run.scalars) == set(events.Tags()["scalars"])
@@ -100,7 +101,7 @@ def test_pictures_one_by_one(run_small: Callable[..., tuple[Path, EventAccumulat
 
 def test_a_run_that_is_going_on(tmp_path: Path) -> None:
     SEEN.clear()
-    execute(small("+stage.look._target_=test_results.look", "+stage.look.on=log", "logging=light"), tmp_path)
+    execute(small("+stage.look._target_=test_results.look", "+stage.look.when=log", "logging=light"), tmp_path)
     assert [run.status for run in SEEN] == ["running"] * 4
     assert [len(run.scalars["train/loss"]) for run in SEEN] == [1, 2, 3, 4]
     last, after = SEEN[-1], results.read(tmp_path)
@@ -116,14 +117,14 @@ def test_a_record_that_is_being_written(begun: Path) -> None:
         writer.add_scalar("loss", 0.25, 2)
     (path,) = begun.glob("events.out.tfevents.*")
     os.truncate(path, path.stat().st_size - 3)
-    with folder.locked(begun):
+    with layout.lock(begun):
         run = results.read(begun)
     assert (run.status, run.scalars) == ("running", {"loss": [(1, 0.5)]})
     assert results.read(begun).status == results.status(begun) == "interrupted"
 
 
 def test_a_run_that_was_interrupted_and_goes_on(tmp_path: Path) -> None:
-    cfg = small("+stage.stop._target_=test_results.stop", "+stage.stop.on=log", "logging=light")
+    cfg = small("+stage.stop._target_=test_results.stop", "+stage.stop.when=log", "logging=light")
     with pytest.raises(SystemExit):
         execute(cfg, tmp_path)
     run = results.read(tmp_path)
@@ -139,7 +140,7 @@ def test_a_run_that_was_interrupted_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_run_that_failed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no luck"):
-        execute(small("+stage.fail._target_=test_results.fail", "+stage.fail.on=log", "logging=light"), tmp_path)
+        execute(small("+stage.fail._target_=test_results.fail", "+stage.fail.when=log", "logging=light"), tmp_path)
     run = results.read(tmp_path)
     assert run.status == results.status(tmp_path) == "failed"
     assert (run.steps, run.error) == (4, "ValueError: no luck at step 4")

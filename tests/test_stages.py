@@ -28,7 +28,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from tools import assert_same_weights, read_events, scalars, small
 from torch import Tensor, nn
 
-import fmexp.figures
+import fmexp.stages.figures
 from fmexp import compose, datasets, execute
 from fmexp.config import Moment, conf_dir
 from fmexp.datasets import Dataset, Split
@@ -128,14 +128,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
     def add_figure(run: Run, tag: str, figure: Figure) -> None:
         figures[tag, run.step] = Drawn.of(figure)
-        fmexp.figures.add_figure(run, tag, figure)
+        fmexp.stages.figures.add_figure(run, tag, figure)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (confusion_matrix, predictions):
             patch.setattr(module, "add_figure", add_figure)
         cfg = small(
             "dataset.train_size=120", "dataset.test_size=60", "train.epochs=4", "train.log_every=30",
-            "optimizer.lr=0.02", "+stage.keep={_target_:test_stages.keep,on:end}",
+            "optimizer.lr=0.02", "+stage.keep={_target_:test_stages.keep,when:end}",
         )  # fmt: skip
         execute(cfg, folder)
     return Seen(folder, read_events(folder), KEPT[str(folder)], datasets.synthetic(120, 60, 28, 0), figures)
@@ -285,7 +285,7 @@ def test_projector_embeds_the_activations_of_a_layer_at_every_moment_it_is_moved
     run_small: Callable[..., tuple[Path, EventAccumulator]],
 ) -> None:
     folder, _ = run_small(
-        *only("projector"), "stage.projector.features=fc2", "stage.projector.on=epoch", "stage.projector.images=30",
+        *only("projector"), "stage.projector.features=fc2", "stage.projector.when=epoch", "stage.projector.images=30",
         "stage.projector.tag=fc2 of the model", "train.epochs=2", "optimizer.lr=0.01",
     )  # fmt: skip
     split = datasets.synthetic(64, 40, 28, 0).train
@@ -357,7 +357,7 @@ def look(
 
     def add_figure(run: Run, tag: str, figure: Figure) -> None:
         figures.append(Drawn.of(figure))
-        fmexp.figures.add_figure(run, tag, figure)
+        fmexp.stages.figures.add_figure(run, tag, figure)
 
     patch.setattr(predictions, "add_figure", add_figure)
     if pixels is None:
@@ -473,7 +473,7 @@ def test_pr_curves_are_drawn_of_the_truth_and_not_of_the_guesses(seen: Seen) -> 
 def test_pr_curves_take_thresholds_weights_and_a_tag(run_small: Callable[..., tuple[Path, EventAccumulator]]) -> None:
     folder, events = run_small(
         *only("pr_curves"), "stage.pr_curves.num_thresholds=11", "stage.pr_curves.weights=2.5",
-        "stage.pr_curves.tag='curves/{class}'", "+stage.keep={_target_:test_stages.keep,on:end}",
+        "stage.pr_curves.tag='curves/{class}'", "+stage.keep={_target_:test_stages.keep,when:end}",
     )  # fmt: skip
     labels = datasets.synthetic(64, 40, 28, 0).test.labels
     for index, name in enumerate(datasets.GARMENTS):
@@ -525,7 +525,7 @@ def matrix(counts: list[list[int]], names: Sequence[str], patch: pytest.MonkeyPa
     found: list[tuple[Figure, Bytes]] = []
 
     def add_figure(run: Run, tag: str, figure: Figure) -> None:
-        fmexp.figures.add_figure(run, tag, figure)
+        fmexp.stages.figures.add_figure(run, tag, figure)
         found.append((figure, pictures.pop()))
 
     pictures: list[Bytes] = []
@@ -610,7 +610,7 @@ def frail(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def alone(name: str, moment: str) -> list[str]:
-    return [*only(name), f"stage.{name}.on={moment}"]
+    return [*only(name), f"stage.{name}.when={moment}"]
 
 
 def traces(folder: Path) -> Iterator[tuple[str, int]]:
@@ -646,7 +646,7 @@ def test_a_stage_that_is_off_writes_nothing_and_all_together_disturb_nothing(fra
     bare = set(traces(frail(*only())))
     assert {("train/loss", step) for step in STEPS["log"]} < bare
     own = {name: set(traces(frail(*alone(name, "log")))) - bare for name in STAGES}
-    together = frail(*(f"stage.{name}.on=log" for name in STAGES))
+    together = frail(*(f"stage.{name}.when=log" for name in STAGES))
     assert set(traces(together)) - bare == set().union(*own.values())
     assert sum(map(len, own.values())) == len(set().union(*own.values()))  # no two share a tag
     assert_same_weights(together, frail(*only()))
@@ -657,7 +657,7 @@ def test_one_stage_can_be_turned_off_among_others(frail: Callable[..., Path]) ->
     some = ["image_grid", "projector", "pr_curves", "per_class_accuracy"]
     bare, together = set(traces(frail(*only()))), set(traces(frail(*only(*some))))
     for name in some:
-        moment = str(compose().stage[name].on.name)
+        moment = str(compose().stage[name].when.name)
         without = set(traces(frail(*only(*some), f"stage.{name}.enabled=false")))
         assert together - without == set(traces(frail(*alone(name, moment)))) - bare
 
@@ -722,7 +722,7 @@ def test_a_stage_of_ones_own_is_one_function_and_one_yaml(tmp_path: Path, monkey
     )
     (tmp_path / "conf" / "stage").mkdir(parents=True)
     (tmp_path / "conf" / "stage" / "own.yaml").write_text(
-        '# How bright the data are.\nown:\n  _target_: own_stage.brightness\n  "on": log\n  tag: brightness\n'
+        "# How bright the data are.\nown:\n  _target_: own_stage.brightness\n  when: log\n  tag: brightness\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     overrides = ["dataset=synthetic", "dataset.train_size=16", "dataset.test_size=10", "train.log_every=2", *only()]

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from fmexp.synthetic import draw
+from fmexp.datasets.garments import draw
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:

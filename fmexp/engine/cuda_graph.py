@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fmexp import randomness
+from fmexp import rng
 from fmexp.engine.step import Step
 from fmexp.errors import first_line
 
@@ -186,14 +186,14 @@ class _State:
     def values(self) -> dict[str, Any]:
         """A copy of the tensors on the host, where there is more room, and of the random state."""
         tensors = [tensor.detach().to("cpu", copy=True) for tensor in self.tensors]
-        return {"tensors": tensors, "random": randomness.capture()}
+        return {"tensors": tensors, "random": rng.get_state()}
 
     @torch.no_grad()
     def put(self, values: dict[str, Any]) -> None:
         """Give back what `values` took."""
         for tensor, value in zip(self.tensors, values["tensors"], strict=True):
             tensor.copy_(value)
-        randomness.restore(values["random"])
+        rng.set_state(values["random"])
 
     def host_random(self, values: dict[str, Any]) -> Any:
         """The random state but for the device's own, which is captured."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fmexp import checkpoint
 from fmexp.engine.cuda_graph import bits
+from fmexp.rundir import checkpoint
 
 log = logging.getLogger(__name__)
 

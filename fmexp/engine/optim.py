@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from fmexp.hydra_versions import instantiate
+from fmexp.config.hydra_versions import instantiate
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:

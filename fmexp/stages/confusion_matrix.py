@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from fmexp.figures import CARD, POINT, SMALL, add_figure, percent, short
 from fmexp.run import Run
+from fmexp.stages.figures import CARD, POINT, SMALL, add_figure, percent, short
 
 NUMBERED = 40  # classes up to which a cell has room for a number, and each class for its name
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 import torch
 from matplotlib.figure import Figure
 
-from fmexp.figures import CARD, POINT, SMALL, add_figure, short
 from fmexp.run import Run
+from fmexp.stages.figures import CARD, POINT, SMALL, add_figure, short
 
 COLUMNS = 4
 

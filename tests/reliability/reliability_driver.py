@@ -23,7 +23,8 @@ import torch
 import fmexp
 from fmexp.errors import FmexpError
 
-IMPORTED = ("fmexp.cli", "fmexp.execution", "fmexp.synthetic", "fmexp.stages", "matplotlib.figure", "torchvision.utils",
+IMPORTED = ("fmexp.cli", "fmexp.execution", "fmexp.datasets.garments", "fmexp.stages",
+            "matplotlib.figure", "torchvision.utils",
             "PIL.PngImagePlugin", "torch.utils.tensorboard", "reliability_parts", "reliability_breaker")  # fmt: skip
 
 

@@ -32,9 +32,9 @@ STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", 
 NO_STAGES = (*SMALL, *(f"stage.{stage}.enabled=false" for stage in STAGES))
 BARE = (*NO_STAGES, "model=mlp", "model.hidden=[16]")
 # Stages that write of every kind of summary before, between and after checkpoints.
-RICH = (*SMALL, "model=lenet", "stage.confusion_matrix.enabled=false", "stage.image_grid.on=log",
-        "stage.projector.on=log", "stage.projector.images=6", "stage.projector.features=fc2",
-        "stage.pr_curves.on=epoch", "stage.predictions.on=end", "stage.predictions.images=2")  # fmt: skip
+RICH = (*SMALL, "model=lenet", "stage.confusion_matrix.enabled=false", "stage.image_grid.when=log",
+        "stage.projector.when=log", "stage.projector.images=6", "stage.projector.features=fc2",
+        "stage.pr_curves.when=epoch", "stage.predictions.when=end", "stage.predictions.images=2")  # fmt: skip
 
 
 def environment(**more: str) -> dict[str, str]:

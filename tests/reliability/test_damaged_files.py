@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reliability_tools import BARE, RICH, Driver, all_events, assert_same, listing
 
-from fmexp import checkpoint, events
-from fmexp.checkpoint import DAMAGED, LATEST, PREVIOUS, CheckpointError
+from fmexp.rundir import checkpoint, tensorboard
+from fmexp.rundir.checkpoint import DAMAGED, LATEST, PREVIOUS, CheckpointError
 
 KILLED = [{"steps": 8, "match": "batch trained", "do": "KILL"}]  # checkpoints of the steps 6 and 3
 
@@ -142,7 +142,7 @@ def test_torn_tails(
     driver: Driver, truth: Callable[..., Path], killed: Callable[[Path], Path], tmp_path: Path, tail: str
 ) -> None:
     folder = killed(tmp_path)
-    for path in events.event_files(folder):
+    for path in tensorboard.event_files(folder):
         path.write_bytes(path.read_bytes() + TAILS[tail])
     assert driver.run(*BARE, f"hydra.run.dir={folder}").code == 0
     assert_same(folder, truth(*BARE))
@@ -152,7 +152,7 @@ def test_an_event_file_that_is_too_short_is_told(
     driver: Driver, killed: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = killed(tmp_path)
-    (path,) = events.event_files(folder)
+    (path,) = tensorboard.event_files(folder)
     path.write_bytes(b"")
     ended = driver.run(*BARE, f"hydra.run.dir={folder}")
     assert ended.code == 0
@@ -167,7 +167,7 @@ def test_an_embedding_that_is_gone_takes_no_other_with_it(driver: Driver, tmp_pa
     ended = driver.run(*RICH, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.output
     assert "tensors.tsv is gone" in ended.output
-    config = (folder / events.PROJECTOR).read_text()
+    config = (folder / tensorboard.PROJECTOR).read_text()
     assert "00008/" not in config
     assert "00004/" in config
     assert "00012/" in config
@@ -259,15 +259,15 @@ def test_fuzzed_tails(
     folder = killed(tmp_path_factory.mktemp("fuzz"))
     state = checkpoint.load(folder)
     assert state
-    (path,) = events.event_files(folder)
+    (path,) = tensorboard.event_files(folder)
     size = state["events"]["files"][path.name]
     known, tail = path.read_bytes()[:size], path.read_bytes()[size:]
     path.write_bytes(known + data.draw(harmed(tail)))
     second = folder / f"events.out.tfevents.{data.draw(st.integers(0, 10**10))}.host.1.0"
     second.write_bytes(data.draw(st.binary(max_size=200)))
-    events.rewind(folder, state["events"])
+    tensorboard.rewind(folder, state["events"])
     assert path.read_bytes() == known
-    assert events.event_files(folder) == [path]
+    assert tensorboard.event_files(folder) == [path]
     shutil.rmtree(folder.parent)
 
 
@@ -285,7 +285,7 @@ def test_fuzzed_runs(
     for name in (LATEST, PREVIOUS):
         if data.draw(st.booleans(), label=f"harm {name}"):
             (folder / name).write_bytes(data.draw(harmed((folder / name).read_bytes())))
-    (path,) = events.event_files(folder)
+    (path,) = tensorboard.event_files(folder)
     path.write_bytes(path.read_bytes() + data.draw(st.binary(max_size=100)))
     ended = driver.run(*BARE, f"hydra.run.dir={folder}")
     if ended.code == 0:

@@ -8,7 +8,7 @@ import reliability_parts
 import torch
 from reliability_tools import BARE, NO_STAGES, RICH, Driver, assert_same, left
 
-from fmexp import randomness
+from fmexp import rng
 
 MODELS = {
     "lenet": ("model=lenet",),
@@ -65,9 +65,9 @@ def test_everything_that_is_written(driver: Driver, truth: Callable[..., Path], 
 
 def test_looking_at_the_size_of_the_images_draws_nothing() -> None:
     dataset = reliability_parts.augmented(train_size=8, test_size=8)
-    before = randomness.capture()
+    before = rng.get_state()
     assert dataset.input_shape == (1, 28, 28)
-    after = randomness.capture()
+    after = rng.get_state()
     assert torch.equal(before["torch"], after["torch"])
     assert before["python"] == after["python"]
     assert torch.equal(before["numpy"]["state"]["key"], after["numpy"]["state"]["key"])

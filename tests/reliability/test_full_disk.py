@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from reliability_tools import BARE, RICH, Driver, assert_same
 
-from fmexp import checkpoint
+from fmexp.rundir import checkpoint
 
 # Where the disk is full from, how many bytes are left, and the step of the last checkpoint before.
 POINTS = {

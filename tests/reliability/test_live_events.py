@@ -15,8 +15,8 @@ import pytest
 from reliability_tools import BARE, NO_STAGES, RICH, Driver, default_signals, digest, environment, until
 
 # All stages write at each running loss, so that before and after a kill there is something of each kind.
-ALL = (*RICH, "stage.pr_curves.on=log", "stage.predictions.on=log", "stage.per_class_accuracy.on=log",
-       "stage.model_graph.on=start")  # fmt: skip
+ALL = (*RICH, "stage.pr_curves.when=log", "stage.predictions.when=log", "stage.per_class_accuracy.when=log",
+       "stage.model_graph.when=start")  # fmt: skip
 CLASS = "Sneaker"
 
 
@@ -176,7 +176,7 @@ def test_a_server_that_has_watched_the_kill(driver: Driver, tmp_path: Path, fast
 
 def test_one_row_a_run_with_its_true_status(driver: Driver, tmp_path: Path) -> None:
     killed = [{"steps": 9, "match": "batch trained", "do": "KILL"}]
-    failing = "+stage.own={_target_: reliability_parts.fails_when_told, on: epoch, required: true}"
+    failing = "+stage.own={_target_: reliability_parts.fails_when_told, when:epoch, required: true}"
     told = {"RELIABILITY_FAIL": "1"}
     folder = {name: f"hydra.run.dir={tmp_path / name}" for name in ("diverged", "unfinished", "failed", "mended")}
     explodes = (*NO_STAGES, "model=lenet", "model._target_=reliability_parts.Explodes", folder["diverged"])

@@ -56,11 +56,11 @@ def test_another_configuration_is_refused(
 ) -> None:
     folder = stopped if state == "stopped" else truth("cli", *BARE)
     before = listing(folder)
-    others = ("seed=1", "optimizer.lr=0.5", "train.log_every=5", "+stage.own={_target_: x.y, on: end}")
+    others = ("seed=1", "optimizer.lr=0.5", "train.log_every=5", "+stage.own={_target_: x.y, when:end}")
     ended = driver.run(*BARE, *others, f"hydra.run.dir={folder}", cli=cli)
     assert ended.code == 1
     assert "holds a run of another configuration" in ended.output
-    for line in ("optimizer.lr: 0.001, now 0.5", "seed: 0, now 1", "stage.own.on: not there, now end",
+    for line in ("optimizer.lr: 0.001, now 0.5", "seed: 0, now 1", "stage.own.when: not there, now end",
                  "train.log_every: 4, now 5"):  # fmt: skip
         assert f"  {line}\n" in ended.output
     assert "train.epochs" not in ended.output.partition("holds a run")[2]
@@ -209,7 +209,7 @@ def test_what_is_not_ours_is_left_alone(driver: Driver, tmp_path: Path) -> None:
 
 def test_a_metric_that_is_no_plain_number(driver: Driver, tmp_path: Path) -> None:
     """A NumPy number, or one that is not finite, must not make a checkpoint or the result unreadable."""
-    stage = "+stage.own={_target_: reliability_parts.bad_metric, on: log, required: true, value: VALUE}"
+    stage = "+stage.own={_target_: reliability_parts.bad_metric, when:log, required: true, value: VALUE}"
     for value in ("'1.5'", "'nan'"):
         folder = tmp_path / value
         args = (*BARE, stage.replace("VALUE", value), f"hydra.run.dir={folder}")

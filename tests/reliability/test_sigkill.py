@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from reliability_tools import BARE, NO_STAGES, RICH, Driver, Ended, assert_same, default_signals, environment, until
 
-from fmexp import checkpoint
+from fmexp.rundir import checkpoint
 
 SEED = "RELIABILITY_SEED"
 

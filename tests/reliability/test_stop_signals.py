@@ -12,8 +12,8 @@ from types import FrameType
 import pytest
 from reliability_tools import BARE, NO_STAGES, Driver, alive, assert_same, environment, listing, until
 
-from fmexp import stop
-from fmexp.stop import Stop
+from fmexp import process
+from fmexp.process import Stop
 
 STATUS = {"TERM": 143, "INT": 130, "USR1": 138, "USR2": 140, "HUP": 129}
 
@@ -95,9 +95,9 @@ def test_a_signal_before_it_begins_leaves_nothing(driver: Driver, tmp_path: Path
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The clock of fmexp.stop, standing still, and SIGUSR1 put back as it was."""
+    """The clock of fmexp.process, standing still, and SIGUSR1 put back as it was."""
     now = [100.0]
-    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
     before = signal.getsignal(signal.SIGUSR1)
     yield now
     signal.signal(signal.SIGUSR1, before)
@@ -114,11 +114,11 @@ def test_an_echo_is_no_second_signal(clock: list[float]) -> None:
     with Stop() as stopping:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGUSR1)
-        clock[0] += stop.ECHO_S / 2
+        clock[0] += process.ECHO_S / 2
         signal.raise_signal(signal.SIGUSR1)
         assert stopping.signal == signal.SIGUSR1
         assert arrived == []
-        clock[0] += stop.ECHO_S
+        clock[0] += process.ECHO_S
         signal.raise_signal(signal.SIGUSR1)
         assert arrived == [signal.SIGUSR1]
 

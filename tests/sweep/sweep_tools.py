@@ -28,7 +28,7 @@ OWN = ("dataset=synthetic", "dataset.train_size=600", "dataset.test_size=40", "d
        "device=cpu", "train.batch_size=2", "train.checkpoint_every=5", "train.log_every=100", "model=lenet",
        "model._target_=sweep_parts.Model")  # fmt: skip
 GRID = ("optimizer=sgd,adam", "optimizer.lr=0.01,0.001")
-THREADS = ("+stage.threads._target_=sweep_parts.threads", "+stage.threads.on=end", "+stage.threads.required=true")
+THREADS = ("+stage.threads._target_=sweep_parts.threads", "+stage.threads.when=end", "+stage.threads.required=true")
 
 
 class Sweep:

@@ -26,7 +26,8 @@ from sweep_tools import (
     until,
 )
 
-from fmexp import config, folder, sweep
+from fmexp import config, sweep
+from fmexp.rundir import layout
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +49,8 @@ def assert_as(truth: Path, root: Path, tags: str) -> None:
         assert (ours / "model.pt").read_bytes() == (theirs / "model.pt").read_bytes(), tag
         assert result(ours)["metrics"] == result(theirs)["metrics"]
         assert result(ours)["steps"] == 300
-        assert folder.read_config(ours)["model"]["tag"] == tag
-        assert config.digest(folder.read_config(ours)) == result(ours)["config_digest"]
+        assert layout.read_config(ours)["model"]["tag"] == tag
+        assert config.digest(layout.read_config(ours)) == result(ours)["config_digest"]
 
 
 def resumed(path: Path) -> bool:

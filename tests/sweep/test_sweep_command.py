@@ -11,6 +11,7 @@ from program import run as execute_program
 from tools import small
 
 from fmexp import execute, sweep
+from fmexp.sweep.__main__ import main as sweep_main
 
 Command = Callable[..., Finished]
 DAMAGE = {
@@ -48,7 +49,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
         status, said = 0, ""
         try:
-            sweep.main()
+            sweep_main()
         except SystemExit as left:
             status, said = (left.code, "") if isinstance(left.code, int) else (1, str(left.code))
         out, err = capsys.readouterr()

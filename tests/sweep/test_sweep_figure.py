@@ -12,7 +12,9 @@ from matplotlib.collections import PolyCollection
 from sweep_tools import fabricate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmexp import sweep, sweep_data, sweep_figure
+from fmexp import sweep
+from fmexp.sweep import figure as sweep_figure
+from fmexp.sweep import figure_data
 
 LRS = ("0.1", "0.01", "0.001")
 
@@ -29,8 +31,8 @@ def grid(root: Path, keys: dict[str, Any]) -> list[sweep.Member]:
     return sweep.read(root)
 
 
-def drawn(root: Path, keys: dict[str, Any]) -> tuple[sweep_data.Picture, Any]:
-    picture = sweep_data.read(root, grid(root, keys))
+def drawn(root: Path, keys: dict[str, Any]) -> tuple[figure_data.Picture, Any]:
+    picture = figure_data.read(root, grid(root, keys))
     return picture, sweep_figure.draw(picture)
 
 
@@ -137,9 +139,9 @@ def test_categories_are_side_by_side_and_not_joined(tmp_path: Path) -> None:
     ],
 )
 def test_an_axis_is_logarithmic_where_values_are_spread_by_factors(values: tuple[float, ...], log: bool) -> None:
-    assert sweep_data.spread_by_factors(values) is log
-    assert sweep_data.Key("key", list(map(str, values))).log is log
-    assert not sweep_data.Key("key", ["0", *map(str, values)]).log, "0 has no logarithm"
+    assert figure_data.spread_by_factors(values) is log
+    assert figure_data.Key("key", list(map(str, values))).log is log
+    assert not figure_data.Key("key", ["0", *map(str, values)]).log, "0 has no logarithm"
 
 
 def test_a_loss_is_best_where_it_is_least_and_members_without_a_result_are_counted(tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_a_loss_is_best_where_it_is_least_and_members_without_a_result_are_count
             (path / ".hydra" / "config.yaml").read_text().replace('"test/accuracy"', '"test/loss"')
         )
     fabricate(tmp_path, 3, {"optimizer.lr": "1"}, None, status="diverged")
-    picture = sweep_data.read(tmp_path, sweep.read(tmp_path))
+    picture = figure_data.read(tmp_path, sweep.read(tmp_path))
     figure = sweep_figure.draw(picture)
     assert best(figure.axes[0]) == [(0.01, 0.2)]
     assert "test/loss of 3 members (1 more without a result)" in figure.get_suptitle()
@@ -171,7 +173,7 @@ def test_written_as_png_of_200_dpi_and_as_svg_and_the_same_each_time(tmp_path: P
 
 def test_a_sweep_without_a_result_has_a_picture_that_says_so(tmp_path: Path) -> None:
     fabricate(tmp_path, 0, {"optimizer.lr": "1"}, None, status="failed")
-    figure = sweep_figure.draw(sweep_data.read(tmp_path, sweep.read(tmp_path)))
+    figure = sweep_figure.draw(figure_data.read(tmp_path, sweep.read(tmp_path)))
     assert [text.get_text() for text in figure.texts] == ["no member has a test/accuracy yet"]
 
 
@@ -189,7 +191,7 @@ def test_a_search_shows_its_history_and_a_panel_for_each_key(tmp_path: Path) -> 
         values.append(0.9 - abs(math.log10(params["optimizer.lr"]) + 2) / 10)
         study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=values[-1]))
         fabricate(tmp_path, number, params, values[-1])
-    picture = sweep_data.read(tmp_path, sweep.read(tmp_path))
+    picture = figure_data.read(tmp_path, sweep.read(tmp_path))
     figure = sweep_figure.draw(picture)
     history = panel(figure, "trial")
     trials, so_far = history.get_lines()[:2]

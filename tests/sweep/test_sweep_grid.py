@@ -13,8 +13,9 @@ from matplotlib import image
 from omegaconf import OmegaConf
 from sweep_tools import SMALL, THREADS, Sweep, files, hparams, members, result, tensorboard
 
-from fmexp import compose, config, folder, sweep
-from fmexp.members import Composer
+from fmexp import compose, config, sweep
+from fmexp.rundir import layout
+from fmexp.sweep.job import Composer
 
 
 def test_each_member_has_a_folder_with_all_of_its_run(grid: Sweep) -> None:
@@ -22,7 +23,7 @@ def test_each_member_has_a_folder_with_all_of_its_run(grid: Sweep) -> None:
              "3_optimizer-adam_lr-0.001"]  # fmt: skip
     assert [path.name for path in members(grid.root)] == names
     for path, optimizer, lr in zip(members(grid.root), ["SGD", "SGD", "Adam", "Adam"], [0.01, 0.001] * 2, strict=True):
-        held = folder.read_config(path)
+        held = layout.read_config(path)
         assert held["optimizer"]["_target_"] == f"torch.optim.{optimizer}"
         assert held["optimizer"]["lr"] == lr
         assert result(path)["config_digest"] == config.digest(held)
@@ -117,7 +118,7 @@ def test_the_same_command_trains_nothing_twice_and_an_extended_grid_trains_the_n
         assert new == {"0_optimizer-sgd_lr-0.1", "3_optimizer-adam_lr-0.1"}
         assert {name: now[name] for name in before} == before
         assert {result(root / name)["status"] for name in new} == {"complete"}
-        assert {folder.read_config(root / name)["optimizer"]["lr"] for name in new} == {0.1}
+        assert {layout.read_config(root / name)["optimizer"]["lr"] for name in new} == {0.1}
     finally:
         for name in before:
             (root / name).rename(grid.root / name)
@@ -218,7 +219,7 @@ def test_started_and_read_from_python_and_the_table_again(tmp_path: Path) -> Non
         ["model=mlp", "model.hidden=[7,8]", "seed=3"],
         ["optimizer=adam", "+optimizer.extra=1", "train={epochs: 3}", "train.epochs=4"],
         ["experiment=tutorial", "logging.comment='a b'", "train.max_steps=null"],
-        ["~stage.projector", "stage.predictions.on=end"],
+        ["~stage.projector", "stage.predictions.when=end"],
     ],
 )
 def test_members_are_composed_as_hydra_does(words: list[str]) -> None:

@@ -13,8 +13,9 @@ import pytest
 from sweep_tools import SMALL, fabricate, members, result
 from tools import small
 
-from fmexp import execute, launcher, progress, sweep
-from fmexp.progress import Progress
+from fmexp import execute, sweep
+from fmexp.sweep import launcher, progress
+from fmexp.sweep.progress import Progress
 
 
 class Terminal(io.StringIO):

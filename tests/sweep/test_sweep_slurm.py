@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from sweep_tools import OWN, Gate, Sweep, files, member, members, result, until
 
-from fmexp import slurm, sweep
+from fmexp import sweep
+from fmexp.sweep import slurm
 
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.slurm.slurm_array_parallelism=2")
 

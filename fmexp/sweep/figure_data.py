@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fmexp import folder, sweep
+from fmexp.rundir import layout
+from fmexp.sweep.members import Member, group_by_keys, maximised
 
 MOST_POINTS = 200  # of a learning curve
 LARGEST_SCALAR = 4096  # bytes of an event; what is larger is a picture or a graph
@@ -29,7 +30,7 @@ class Combination:
     """
 
     values: dict[str, str]
-    members: list[sweep.Member]
+    members: list[Member]
 
     @cached_property
     def mean(self) -> float:
@@ -68,7 +69,7 @@ class Picture:
         importance: of a search: key -> its share in what makes a trial good; empty where that is not known.
     """
 
-    members: list[sweep.Member]
+    members: list[Member]
     objective: str
     tag: str
     combinations: list[Combination]
@@ -78,16 +79,16 @@ class Picture:
 
     @cached_property
     def best(self) -> Combination:
-        return (max if sweep.maximised(self.objective) else min)(self.combinations, key=lambda one: one.mean)
+        return (max if maximised(self.objective) else min)(self.combinations, key=lambda one: one.mean)
 
     @cached_property
     def seeds(self) -> int:
         return max(len(one.members) for one in self.combinations)
 
 
-def read(root: Path, members: Sequence[sweep.Member]) -> Picture:
+def read(root: Path, members: Sequence[Member]) -> Picture:
     """What a sweep's picture shows."""
-    varied, groups = sweep.combinations(members)
+    varied, groups = group_by_keys(members)
     combinations = [Combination(dict(zip(varied, values, strict=True)), group) for values, group in groups.items()]
     search = (root / "optuna.db").is_file()
     importance, log = _study(root) if search else ({}, {})
@@ -99,7 +100,7 @@ def read(root: Path, members: Sequence[sweep.Member]) -> Picture:
     rest = [key for key in keys if key is not main]
     if search:
         rest.sort(key=lambda key: -importance.get(key.name, 0.0))
-    first = folder.read_config(members[0].folder)
+    first = layout.read_config(members[0].folder)
     ordered = [main, *rest] if main else []
     return Picture(
         list(members), str(first["objective"]), str(first["train"]["tag"]), combinations, ordered, search, importance

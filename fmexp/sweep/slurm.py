@@ -10,10 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fmexp import disk, garbage, results
-from fmexp.members import Job, ended_by_signals, fail, prepare_data
-from fmexp.members import run as run_job
-from fmexp.progress import Progress
+from fmexp import process
+from fmexp.rundir import atomic, results
+from fmexp.sweep.job import Job, ended_by_signals, fail, prepare_data
+from fmexp.sweep.job import run as run_job
+from fmexp.sweep.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +34,14 @@ def run(
 
     A job that is put back into the queue resumes from where it was. The jobs go on if this process ends.
     """
-    garbage.watch()
+    process.resume_gc()
     submitted = _submitted(root)
     queued = _queue()
     new = [job for job in jobs if submitted.get(job.folder.name) not in queued]
     with ended_by_signals():
         if new:
             submitted |= _submit(root, new, options)
-            disk.write(root / FOLDER / JOBS, json.dumps(submitted))
+            atomic.atomic_write(root / FOLDER / JOBS, json.dumps(submitted))
         ours = {submitted[job.folder.name] for job in jobs}
         numbers = ", ".join(sorted({number.split("_")[0] for number in ours}))
         progress.say(f"{len(new)} members submitted to Slurm, {len(jobs) - len(new)} there already: job {numbers}; "

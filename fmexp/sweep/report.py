@@ -1,34 +1,30 @@
-"""What stands around a sweep's members: which there are, what came of each, and all of them in a table and a picture.
+"""What a person reads of a sweep: its table, CSV files, picture and HPARAMS' columns."""
 
-`python -m fmexp.sweep <folder>` prints the table of any sweep, finished or not. What a member is stands in its folder
-alone. One that is complete or diverged is done; the same command goes on with one that failed or was interrupted.
-"""
-
-import argparse
 import csv
 import io
-import logging
-import math
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from fmexp import config, disk, folder, results
-from fmexp.errors import first_line
-from fmexp.overrides import quote, split, varied_keys
-
-log = logging.getLogger(__name__)
+from fmexp import config
+from fmexp.config.overrides import varied_keys
+from fmexp.rundir import atomic, layout
+from fmexp.sweep.members import (
+    Member,
+    _folders,
+    _words,
+    group_by_keys,
+    maximised,
+    objective_of,
+    ranked,
+    read,
+)
 
 SHOWN = 100  # how many members the console's table has at most
 SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
@@ -36,70 +32,6 @@ SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
 FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2, "test/accuracy/best": 3}
 STATUSES = ("complete", "diverged", "failed", "running", "interrupted", "not begun")
 WRITTEN = ("sweep.csv", "replicates.csv", "sweep.png", "sweep.svg")
-
-
-@dataclass(frozen=True)
-class Member(results.Result):
-    """A member of a sweep as its folder has it.
-
-    Attributes:
-        overrides: what made it this member, such as {"optimizer.lr": "0.1"}.
-    """
-
-    overrides: dict[str, str]
-
-
-def read(root: str | Path) -> list[Member]:
-    """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""
-    members: list[Member] = []
-    for path in sorted(_folders(Path(root)), key=number):
-        try:
-            if not members:
-                _ = folder.read_config(path)["objective"]  # the first member's configuration speaks for all
-            members.append(_read_member(path))
-        except Exception as error:  # whatever a damaged file makes a reader raise
-            log.warning("%s is left out, for it cannot be read: %s", path.absolute(), first_line(error))
-    return members
-
-
-def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
-    """Execute a sweep in a process of its own, or go on with the one in `root`, and return its members.
-
-    Args:
-        overrides: as on the command line after --multirun, such as ["optimizer.lr=0.1,0.01", "hydra/launcher=joblib"].
-    """
-    command = [sys.executable, "-m", "fmexp", "--multirun", *overrides, f"hydra.sweep.dir={quote(str(Path(root)))}"]
-    subprocess.run(command, check=False)
-    return read(root)
-
-
-def is_complete(root: Path) -> bool:
-    """Whether no member needs more work."""
-    return all(member.status in ("complete", "diverged") for member in read(root))
-
-
-def by_digest(root: Path) -> dict[str, list[Path]]:
-    """The member folders that a sweep's folder holds, by their configuration's digest."""
-    found = defaultdict(list)
-    for path in sorted(_folders(root), key=number):
-        try:
-            found[folder.digest(path)].append(path)
-        except Exception as error:  # whatever a damaged file makes a YAML reader raise
-            log.warning("%s: its configuration cannot be read, so it is left alone: %s", path, error)
-    return found
-
-
-def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Sequence[str], taken: set[Path]) -> Path:
-    """A folder for a new member: its number and a slug of the varied overrides, which no other member has.
-
-    The slug has letters that every file system takes, and at most 100 of them. A folder whose run was killed before
-    it had written its configuration is free again.
-    """
-    words = (f"{key.split('.')[-1]}-{value}" for key, value in split(overrides).items() if key in varied)
-    slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word).strip("-.") for word in words)
-    base = f"{number}_{slug}"[:100].rstrip("_-.")
-    names = (base if attempt == 1 else f"{base}_{attempt}" for attempt in range(1, sys.maxsize))
-    return next(path for path in (root / name for name in names) if path not in taken and _is_free(path))
 
 
 def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
@@ -110,7 +42,7 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     others = []
     for path in (path for path in _folders(root) if path not in trees):
         with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
-            others.append(folder.read_config(path))
+            others.append(layout.read_config(path))
     rows = [config.hparams(tree) for tree in (*trees.values(), *others)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: {str(row[name]) for row in rows if name in row} for name in names}
@@ -135,25 +67,6 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     _write_events(root, [summary])
 
 
-def objective_of(root: Path) -> str:
-    """The name of the metric that a sweep compares."""
-    for path in _folders(root):
-        with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
-            return str(folder.read_config(path)["objective"])
-    return "test/accuracy"
-
-
-def maximised(objective: str) -> bool:
-    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
-    return objective == "test/accuracy"
-
-
-def ranked(members: Sequence[Member], objective: str) -> list[Member]:
-    """The members, best first, those without an objective at the end."""
-    sign = -1 if maximised(objective) else 1
-    return sorted(members, key=lambda m: (1, 0.0) if math.isnan(m.objective) else (0, sign * m.objective))
-
-
 def table(root: Path, members: Sequence[Member], digits: int | None = 4) -> list[list[str]]:
     """Rows of text, the first the heads: varied keys, metrics, status, seconds, folder.
 
@@ -170,22 +83,12 @@ def table(root: Path, members: Sequence[Member], digits: int | None = 4) -> list
     return rows
 
 
-def combinations(members: Sequence[Member]) -> tuple[list[str], dict[tuple[str, ...], list[Member]]]:
-    """The varied keys without the seed, and the members with an objective by their values of these."""
-    varied = [key for key in varied_keys(_words(members)) if key != "seed"]
-    groups = defaultdict(list)
-    for member in members:
-        if not math.isnan(member.objective):
-            groups[tuple(member.overrides.get(key, "") for key in varied)].append(member)
-    return varied, dict(groups)
-
-
 def replicates(root: Path, members: Sequence[Member], digits: int | None = 4) -> list[list[str]]:
     """Members that differ in their seed alone, together: n, mean and spread (standard deviation) of the objective.
 
     Without heads, too, where no two do. Numbers are in full without `digits`.
     """
-    varied, groups = combinations(members)
+    varied, groups = group_by_keys(members)
     if all(len(group) == 1 for group in groups.values()):
         return []
     name = objective_of(root)
@@ -237,15 +140,15 @@ def conclude(root: Path, not_begun: int = 0) -> str:
     members = read(root)
     if not members:
         return f"{root}: no members" + (f", {not_begun} not begun" if not_begun else "")
-    from fmexp import sweep_figure
+    from fmexp.sweep import figure
 
     groups = replicates(root, members)
-    disk.write(root / "sweep.csv", _csv(table(root, members, digits=None)))
+    atomic.atomic_write(root / "sweep.csv", _csv(table(root, members, digits=None)))
     if groups:
-        disk.write(root / "replicates.csv", _csv(replicates(root, members, digits=None)))
-    picture, drawing = sweep_figure.render(root, members)
-    disk.write(root / "sweep.png", picture)
-    disk.write(root / "sweep.svg", drawing)
+        atomic.atomic_write(root / "replicates.csv", _csv(replicates(root, members, digits=None)))
+    picture, drawing = figure.render(root, members)
+    atomic.atomic_write(root / "sweep.png", picture)
+    atomic.atomic_write(root / "sweep.svg", drawing)
     rows = table(root, members)
     _write_summary(root, rows, picture)
     counts = Counter(member.status for member in members) + Counter({"not begun": not_begun})
@@ -302,34 +205,6 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
     return max(map(len, aligned(rows).splitlines()))
 
 
-def _words(members: Iterable[Member]) -> list[list[str]]:
-    return [[f"{key}={value}" for key, value in member.overrides.items()] for member in members]
-
-
-def _folders(root: Path) -> list[Path]:
-    return [path for path in root.glob("*") if folder.holds_run(path)]
-
-
-def number(path: Path) -> tuple[int, str]:
-    """What the folders of members are sorted by: their number, and their name."""
-    head = path.name.split("_")[0]
-    return int(head) if head.isdigit() else -1, path.name
-
-
-def _is_free(path: Path) -> bool:
-    if not path.exists():
-        return True
-    left = {folder.LOCK, folder.OWNER, "fmexp.log", ".hydra"}
-    return not folder.holds_run(path) and {entry.name for entry in path.iterdir()} <= left
-
-
-def _read_member(path: Path) -> Member:
-    result = results.read(path)
-    file = path / ".hydra" / "overrides.yaml"
-    words = list(OmegaConf.load(file)) if file.is_file() else []  # fmexp.execute writes none
-    return Member(**vars(result), overrides=split([str(word) for word in words]))
-
-
 def _write_events(path: Path, summaries: Sequence[Any]) -> None:
     """Write the only event file of a folder, in place of the one before."""
     from tensorboard.compat.proto.event_pb2 import Event
@@ -344,32 +219,3 @@ def _write_events(path: Path, summaries: Sequence[Any]) -> None:
     for file in old:
         if file.exists() and len(list(path.glob("events.out.tfevents.*"))) > 1:
             file.unlink()
-
-
-def main() -> None:
-    """Print the table of a sweep: python -m fmexp.sweep <folder>."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fmexp.sweep",
-        description="Print the table of a sweep that runs, was stopped or is done, best member first. It is written "
-        "to the sweep's folder, too, with a picture (sweep.csv, sweep.png), and for TensorBoard (summary/).",
-    )
-    parser.add_argument(
-        "folder",
-        type=Path,
-        help="what the runs lie side by side in: multirun/<date>/<time> of a sweep, or any other folder of runs",
-    )
-    root = parser.parse_args().folder.absolute()
-    if not root.is_dir():
-        parser.error(f"{root} is no folder")
-    if not _folders(root):
-        deeper = sorted({str(path.parents[2]) for path in root.glob(f"*/*/**/{folder.CONFIG}")})
-        hint = f" There are runs in {', '.join(deeper[:3])}." if deeper else ""
-        sys.exit(f"No folder in {root} holds a run.{hint}")
-    try:
-        print(conclude(root))
-    except OSError as error:
-        sys.exit(f"The table cannot be written: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,10 @@ import types
 
 from hydra.core.plugins import Plugins
 
-from fmexp.grid import Grid
-from fmexp.launcher import Launcher
-from fmexp.plugin_options import PACKAGE
-from fmexp.search import Search
+from fmexp.config.plugin_options import PACKAGE
+from fmexp.sweep.grid import Grid
+from fmexp.sweep.launcher import Launcher
+from fmexp.sweep.search import Search
 
 
 def register() -> None:

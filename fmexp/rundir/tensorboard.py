@@ -10,7 +10,6 @@ import re
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,17 +19,12 @@ from typing import Any
 from google.protobuf import text_format
 from omegaconf import DictConfig
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.hparams import summary_v2 as hp
-from tensorboard.plugins.hparams.api_pb2 import Status
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
-from fmexp import disk
-from fmexp.config import hparams
-from fmexp.hydra_versions import instantiate
+from fmexp.config.hydra_versions import instantiate
+from fmexp.rundir import atomic
 
 log = logging.getLogger(__name__)
 
@@ -60,18 +54,18 @@ def snapshot(writer: SummaryWriter, output_dir: Path) -> dict[str, Any]:
     writer.flush()
     # flush alone may miss an error of the last record, which the writer's thread notes after it has called it done.
     # It cannot miss it with one more record behind that; this one is empty.
-    _add(writer, Summary())
+    add_summary(writer, Summary())
     writer.flush()
     sizes = {}
     for path in event_files(output_dir):
-        disk.sync(path)
+        atomic.sync(path)
         sizes[path.name] = path.stat().st_size
     projector = _read(output_dir / PROJECTOR)
     for info in _embeddings(projector):
         for name in filter(None, (info.tensor_path, info.metadata_path, info.sprite.image_path)):
             with suppress(FileNotFoundError):
-                disk.sync(output_dir / name)
-                disk.sync((output_dir / name).parent)
+                atomic.sync(output_dir / name)
+                atomic.sync((output_dir / name).parent)
     return {"files": sizes, "projector": projector}
 
 
@@ -94,7 +88,7 @@ def rewind(output_dir: Path, state: dict[str, Any]) -> None:
         else:  # TensorBoard would show no embedding of any run
             log.warning("%s is gone, and its embedding with it", output_dir / info.tensor_path)
     if kept:
-        disk.write(output_dir / PROJECTOR, text_format.MessageToString(ProjectorConfig(embeddings=kept)))
+        atomic.atomic_write(output_dir / PROJECTOR, text_format.MessageToString(ProjectorConfig(embeddings=kept)))
     else:
         (output_dir / PROJECTOR).unlink(missing_ok=True)
     folders = {(output_dir / info.tensor_path).parent for info in kept}
@@ -127,22 +121,8 @@ def event_files(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("events.out.tfevents.*"))
 
 
-def write_hparams(writer: SummaryWriter, output_dir: Path, tree: dict[str, Any]) -> None:
-    """Give the run its row in HPARAMS. Rows of equal settings stay apart, for each is a trial of its own."""
-    trial = f"{output_dir.name} ({zlib.crc32(str(output_dir).encode()):08x})"  # a whole path is cut in its column
-    _add(writer, hp.hparams_pb(hparams(tree), trial_id=trial, start_time_secs=time.time()))
-
-
-def write_status(writer: SummaryWriter, complete: bool) -> None:
-    """End the run's row in HPARAMS. The first status of a file wins, so this is written once, at the end."""
-    status = Status.STATUS_SUCCESS if complete else Status.STATUS_FAILURE
-    ended = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, session_end_info=SessionEndInfo(status=status))
-    ended.session_end_info.end_time_secs = time.time()
-    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(ended))
-    _add(writer, Summary(value=[value]))
-
-
-def _add(writer: SummaryWriter, summary: Summary) -> None:
+def add_summary(writer: SummaryWriter, summary: Summary) -> None:
+    """Write a summary that SummaryWriter has no method for; its file writer has no public name."""
     writer._get_file_writer().add_summary(summary)
 
 

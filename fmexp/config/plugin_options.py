@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.plugins import Plugins
 
-from fmexp.hydra_versions import store
+from fmexp.config.hydra_versions import store
 
 # Hydra 1.3 instantiates plugins only under the name of this package. 1.4 drops the rule.
 PACKAGE = "hydra_plugins.fmexp"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 
-def key(*parts: int | str) -> int:
-    """A seed of 63 bits from the run's seed and what it is for, such as key(seed, "order", epoch)."""
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 63 bits from the run's seed and what it is for, such as derive_seed(seed, "order", epoch)."""
     words = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in parts]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -22,7 +22,7 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def capture() -> dict[str, Any]:
+def get_state() -> dict[str, Any]:
     """Every global random state, as types that torch.load reads with weights_only=True."""
     numpy = np.random.get_state(legacy=False)
     assert isinstance(numpy, dict)
@@ -35,8 +35,8 @@ def capture() -> dict[str, Any]:
     }
 
 
-def restore(state: dict[str, Any]) -> None:
-    """Give back what `capture` took."""
+def set_state(state: dict[str, Any]) -> None:
+    """Give back what `get_state` took."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.device_count() >= len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -47,11 +47,11 @@ def restore(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def forked(seed: int) -> Iterator[None]:
+def fork(seed: int) -> Iterator[None]:
     """Seed everything for the block, and give the random state back after it."""
-    state = capture()
+    state = get_state()
     seed_all(seed)
     try:
         yield
     finally:
-        restore(state)
+        set_state(state)

@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fmexp import folder, results, sweep
+from fmexp.rundir import layout, results
+from fmexp.sweep.members import maximised
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Progress:
 
     @property
     def not_begun(self) -> int:
-        return max(0, self.total - sum(map(folder.holds_run, self.members)))
+        return max(0, self.total - sum(map(layout.holds_run, self.members)))
 
     def plan(self, members: Iterable[Path], todo: Iterable[Path]) -> None:
         """Take up more members, of which those in `todo` are still to be executed, and show the bar."""
@@ -83,8 +84,8 @@ class Progress:
             self._show()
 
     def started(self, path: Path) -> None:
-        if folder.is_held(path):
-            self.say(f"{path.name}: waiting for {folder.owner(path)}, which is running in this folder")
+        if layout.is_locked(path):
+            self.say(f"{path.name}: waiting for {layout.owner(path)}, which is running in this folder")
         with self._lock:
             self.running.add(path)
 
@@ -92,7 +93,7 @@ class Progress:
         """Say what came of a member, which its folder has."""
         with self._lock:
             self.running.discard(path)
-            if not folder.holds_run(path):
+            if not layout.holds_run(path):
                 return
             result = results.read(path)
             self._note(result)
@@ -118,7 +119,7 @@ class Progress:
         self.members[result.folder] = result.status if result.status in ENDED else ""
         if math.isnan(result.objective):
             return
-        sign = 1 if sweep.maximised(self.objective) else -1
+        sign = 1 if maximised(self.objective) else -1
         if self.best is None or sign * result.objective > sign * self.best.objective:
             self.best = result
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_open(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Open `path` for writing such that it changes at the end, at once, or (after an exception) not at all.
 
     The content is on the disk, and so is its name, when the block has ended. What stood at `path` is kept as `keep`.
@@ -31,15 +31,15 @@ def whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
-def clear(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder; no other process may be writing in it."""
     for path in folder.glob(".*.part"):
         path.unlink(missing_ok=True)
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Write a whole file, as `whole` does."""
-    with whole(path) as file:
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a whole file, as `atomic_open` does."""
+    with atomic_open(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -19,9 +19,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from fmexp import config, sweep
+from fmexp import config
+from fmexp.config.hydra_versions import instantiate
 from fmexp.errors import ConfigError, FmexpError
-from fmexp.hydra_versions import instantiate
+from fmexp.sweep.members import maximised, read
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Search(Sweeper):
         self.study: Any = optuna.create_study(
             study_name="fmexp",
             storage=f"sqlite:///{root / STORAGE}",
-            direction="maximize" if sweep.maximised(self.cfg.objective) else "minimize",
+            direction="maximize" if maximised(self.cfg.objective) else "minimize",
             load_if_exists=True,
         )
         # Without all of its parameters a trial was being chosen when the process was killed.
@@ -87,7 +88,7 @@ class Search(Sweeper):
         _check_same_search(self.study, fixed)
         log.info("search in %s: %d of %d trials done", root / STORAGE, len(begun) - len(unfinished), self.n_trials)
         self.launcher.varied = list(space)
-        ended = [member.folder for member in sweep.read(root) if member.status in ("complete", "diverged")]
+        ended = [member.folder for member in read(root) if member.status in ("complete", "diverged")]
         with self.launcher.reporting(self.n_trials) as progress:
             progress.plan(ended, ())
             failures = self._run(self._batches(unfinished, len(begun), space), fixed, space)

@@ -11,23 +11,24 @@ from typing import Any
 import filelock
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fmexp import config, disk
+from fmexp import config
 from fmexp.errors import ConfigError
+from fmexp.rundir import atomic
 
 RESULT, CONFIG = "result.json", ".hydra/config.yaml"
 LOCK, OWNER = ".lock", ".lock.owner"
 
 
-class HeldError(ConfigError):
+class LockedError(ConfigError):
     """Another process is running in the folder."""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Make the folder and hold it for this process; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        HeldError: another process holds it.
+        LockedError: another process holds it.
         ConfigError: it cannot be made.
     """
     try:
@@ -35,7 +36,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock = filelock.FileLock(folder / LOCK, timeout=0.5)  # is_held takes it for a moment
         lock.acquire()
     except filelock.Timeout:
-        raise HeldError(
+        raise LockedError(
             f"{folder}: {owner(folder)} is running in this folder. Wait for it, or name another folder."
         ) from None
     except OSError as error:
@@ -91,9 +92,9 @@ def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictCo
     """
     (folder / CONFIG).parent.mkdir(exist_ok=True)
     for name, node in others.items():
-        disk.write(folder / ".hydra" / name, OmegaConf.to_yaml(node))
+        atomic.atomic_write(folder / ".hydra" / name, OmegaConf.to_yaml(node))
     content = OmegaConf.to_yaml(OmegaConf.create(tree))
-    disk.write(folder / CONFIG, content)
+    atomic.atomic_write(folder / CONFIG, content)
     return content
 
 
@@ -115,7 +116,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json, whole."""
-    disk.write(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    atomic.atomic_write(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], error: str, details: str = "") -> None:
@@ -123,7 +124,7 @@ def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], 
 
     A folder that another process is running in, or that holds another run, is left as it is.
     """
-    if is_held(folder) or (holds_run(folder) and digest(folder) != config.digest(tree)):
+    if is_locked(folder) or (holds_run(folder) and digest(folder) != config.digest(tree)):
         return
     folder.mkdir(parents=True, exist_ok=True)
     if not holds_run(folder):
@@ -146,7 +147,7 @@ def owner(folder: Path) -> str:
     return "another process"
 
 
-def is_held(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process is running in the folder."""
     if not (folder / LOCK).exists():
         return False

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmexp import folder
 from fmexp.errors import FmexpError
+from fmexp.rundir import layout
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,8 +90,8 @@ def read(folder_of_run: str | Path) -> Result:
         FmexpError: the folder holds no run, or a result.json that no run has written.
     """
     path = Path(folder_of_run)
-    if not folder.holds_run(path):
-        problem = f"has no {folder.CONFIG}" if path.is_dir() else "is no folder"
+    if not layout.holds_run(path):
+        problem = f"has no {layout.CONFIG}" if path.is_dir() else "is no folder"
         raise FmexpError(
             f"{path.absolute()} holds no run: it {problem}. Name the folder of one run, such as runs/<date>/<time>; "
             "fmexp.sweep.read reads the members of a sweep."
@@ -111,7 +111,7 @@ def read(folder_of_run: str | Path) -> Result:
             content=content,
         )
     except (AttributeError, TypeError, ValueError) as error:
-        raise FmexpError(f"{path.absolute() / folder.RESULT} is damaged: {error}. Move it away to go on.") from error
+        raise FmexpError(f"{path.absolute() / layout.RESULT} is damaged: {error}. Move it away to go on.") from error
 
 
 def status(path: Path) -> str:
@@ -121,9 +121,9 @@ def status(path: Path) -> str:
 
 def _status(path: Path) -> tuple[str, dict[str, Any]]:
     """The status, and the content of result.json that it comes from."""
-    content = folder.read_result(path) or {}
+    content = layout.read_result(path) or {}
     if content.get("status") not in ("complete", "diverged"):
-        if folder.is_held(path):
+        if layout.is_locked(path):
             return "running", content
-        content = folder.read_result(path) or {}  # again, for the run may have ended in between
+        content = layout.read_result(path) or {}  # again, for the run may have ended in between
     return str(content.get("status", "interrupted")), content

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fmexp import disk
 from fmexp.errors import FmexpError
+from fmexp.rundir import atomic
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def save(folder: Path, state: dict[str, Any], *, read_back: bool = False) -> Non
             f"The state of this run cannot be kept in a checkpoint: {error}\nA model's or optimizer's state_dict may "
             "hold tensors, numbers, strings, lists and dicts; other classes need torch.serialization.add_safe_globals."
         ) from error
-    with disk.whole(folder / LATEST, keep=folder / PREVIOUS) as file:
+    with atomic.atomic_open(folder / LATEST, keep=folder / PREVIOUS) as file:
         file.write(sealed)
 
 

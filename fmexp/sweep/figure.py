@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fmexp import config, folder, sweep
-from fmexp.sweep_data import Key, Picture, curve, read
+from fmexp import config
+from fmexp.rundir import layout
+from fmexp.sweep.figure_data import Key, Picture, curve, read
+from fmexp.sweep.members import Member, folder_number, maximised
 
 STYLE = {
     "font.size": 9,
@@ -37,7 +39,7 @@ MOST_PANELS, MOST_LINES, MOST_SLICES = 12, 12, 8  # of keys with more values, ea
 MOST_NAMES = 8  # in a legend or at an axis
 
 
-def render(root: Path, members: Sequence[sweep.Member]) -> tuple[bytes, bytes]:
+def render(root: Path, members: Sequence[Member]) -> tuple[bytes, bytes]:
     """A sweep's picture as PNG and as SVG."""
     import matplotlib
 
@@ -137,8 +139,8 @@ def _draw_slices(picture: Picture) -> Any:
 def _draw_history(axis: Any, picture: Picture) -> None:
     """The objective of each trial, and the best so far."""
     scored = [member for member in picture.members if not math.isnan(member.objective)]
-    numbers, values = [sweep.number(m.folder)[0] for m in scored], [m.objective for m in scored]
-    best = list(accumulate(values, max if sweep.maximised(picture.objective) else min))
+    numbers, values = [folder_number(m.folder)[0] for m in scored], [m.objective for m in scored]
+    best = list(accumulate(values, max if maximised(picture.objective) else min))
     axis.plot(numbers, values, "o", color=COLORS[0], alpha=0.5, markersize=4, label="trial")
     axis.step(numbers, best, where="post", color=COLORS[5], linewidth=1.3, label="best so far")
     _mark_best(axis, numbers[values.index(best[-1])], best[-1])
@@ -207,7 +209,7 @@ def _mark_best(axis: Any, place: float, value: float) -> None:
 
 def _title(figure: Any, picture: Picture) -> Any:
     """Say what was trained, how many members there are, and which is the best."""
-    chosen = config.hparams(folder.read_config(picture.members[0].folder))
+    chosen = config.hparams(layout.read_config(picture.members[0].folder))
     varied = {key.name for key in picture.keys}
     fixed = [str(chosen[group]) for group in ("model", "dataset", "optimizer") if group not in varied]
     scored = sum(len(one.members) for one in picture.combinations)

@@ -1,5 +1,7 @@
 """Stopping in good order: a signal is noted, the run finishes its batch and saves, and only then the process ends."""
 
+import atexit
+import gc
 import os
 import signal
 import threading
@@ -19,7 +21,7 @@ ECHO_S = 0.5
 LAST_S = 600  # how long a data-loading process lives on after a SIGTERM
 
 
-def patient(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Let a data-loading process outlive a signal that goes to all processes, so that its parent can finish a batch."""
     for name in SIGNALS:
         if number := getattr(signal, name, None):
@@ -32,8 +34,8 @@ def patient(worker: int) -> None:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Let signals wait within the block, and in the processes that are started there until they are `patient`."""
+def block_signals() -> Iterator[None]:
+    """Let signals wait within the block, and in processes that are started there until they `ignore_signals`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -93,3 +95,16 @@ class Stop:
         for number, handler in self._before.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+def pause_gc() -> None:
+    """Look for none until `resume_gc` is called, and for none at the end of the process."""
+    gc.disable()
+    atexit.register(gc.freeze)
+
+
+def resume_gc() -> None:
+    """After `pause_gc`: look for what becomes garbage from now on. Without it, leave all as it is."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()

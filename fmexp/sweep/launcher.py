@@ -18,11 +18,15 @@ from hydra.plugins.launcher import Launcher as HydraLauncher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from fmexp import config, disk, folder, parallel, results, slurm, sweep
+from fmexp import config
+from fmexp.config.overrides import resume_command, split, varied_keys
 from fmexp.errors import ConfigError, FmexpError
-from fmexp.members import Composer, Job, ended_by_signals, run
-from fmexp.overrides import resume_command, split, varied_keys
-from fmexp.progress import Progress
+from fmexp.rundir import atomic, layout, results
+from fmexp.sweep import processes, slurm
+from fmexp.sweep.job import Composer, Job, ended_by_signals, run
+from fmexp.sweep.members import by_digest, free_folder, is_complete
+from fmexp.sweep.progress import Progress
+from fmexp.sweep.report import aligned, begin, conclude
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +68,8 @@ class Launcher(HydraLauncher):
                 yield self.progress
         finally:
             if self.root is not None and self.progress is not None:
-                print(sweep.conclude(self.root, self.progress.not_begun))
-                if self.progress.not_begun or not sweep.is_complete(self.root):
+                print(conclude(self.root, self.progress.not_begun))
+                if self.progress.not_begun or not is_complete(self.root):
                     print(f"go on with\n  {resume_command('hydra.sweep.dir', self.root)}")
                 else:
                     print(f"compare them with\n  tensorboard --logdir {self.root}")
@@ -89,10 +93,10 @@ class Launcher(HydraLauncher):
         elif workers > 1:
             _need("joblib", "joblib")
         root.mkdir(parents=True, exist_ok=True)
-        disk.write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
+        atomic.atomic_write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
         self.root = root
         self.trees |= {job.folder: job.tree for job in jobs}
-        sweep.begin(root, self.trees)
+        begin(root, self.trees)
         if self.varied is None:  # a search says itself what it does
             log.info("sweep of %d members (%s) in %s", len(jobs), _counts(jobs), root)
         self.progress.plan([job.folder for job in jobs], [job.folder for job in todo])
@@ -104,13 +108,13 @@ class Launcher(HydraLauncher):
         if self.slurm is not None:
             slurm.run(root, jobs, self.slurm, progress, fail_fast=fail_fast)
         elif workers > 1:
-            parallel.run(jobs, workers, progress, fail_fast=fail_fast)
+            processes.run(jobs, workers, progress, fail_fast=fail_fast)
         else:
             self._one_after_another(jobs, progress, fail_fast=fail_fast)
 
     def plan(self, root: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """Compose and check members, and find what is to be done for each; nothing is written."""
-        found = sweep.by_digest(root)
+        found = by_digest(root)
         varied = self.varied or varied_keys(job_overrides)
         composer = Composer(self.hydra_context.config_loader, self.config)
         command = resume_command("hydra.sweep.dir", root)
@@ -122,7 +126,7 @@ class Launcher(HydraLauncher):
             config.check(run_cfg)
             tree = config.resolved(run_cfg)
             mine = [path for path in found.get(config.digest(tree), []) if path not in taken]
-            path = mine[0] if mine else sweep.free_folder(root, number, overrides, varied, taken)
+            path = mine[0] if mine else free_folder(root, number, overrides, varied, taken)
             taken.add(path)
             finished = mine and results.status(path) in ("complete", "diverged")
             action = "skip" if finished else "resume" if mine else "train"
@@ -163,12 +167,12 @@ def _plan_table(members: list[Job]) -> str:
     for member in members:
         values = split(member.overrides)
         rows.append([str(member.number), *(values.get(key, "") for key in varied), member.action, member.folder.name])
-    return f"{sweep.aligned(rows)}\n\n{len(members)} members: {_counts(members)}. Nothing was written."
+    return f"{aligned(rows)}\n\n{len(members)} members: {_counts(members)}. Nothing was written."
 
 
 def _outcome(job: Job) -> JobReturn:
     """What came of a member, for the sweeper, from its folder."""
-    result = folder.read_result(job.folder) or {}
+    result = layout.read_result(job.folder) or {}
     done = JobReturn(overrides=job.overrides, working_dir=str(job.folder), status=JobStatus.COMPLETED)
     if result.get("status") in ("complete", "diverged"):
         done.return_value = math.nan if result["objective"] is None else result["objective"]

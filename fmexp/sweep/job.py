@@ -23,8 +23,9 @@ from hydra.core.utils import configure_log, setup_globals
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fmexp import folder, garbage
-from fmexp.stop import held_back
+from fmexp import process
+from fmexp.process import block_signals
+from fmexp.rundir import layout
 
 log = logging.getLogger(__name__)
 
@@ -96,34 +97,34 @@ def run(job: Job, *, console: bool = False) -> None:
     HydraConfig.instance().set_config(job.cfg)  # for code of one's own that asks Hydra where it is
     try:
         while True:
-            while folder.is_held(job.folder):
+            while layout.is_locked(job.folder):
                 time.sleep(0.2)
-            with suppress(folder.HeldError):
+            with suppress(layout.LockedError):
                 return _run(job)
     finally:
         HydraConfig.instance().cfg = outer
 
 
 def _run(job: Job) -> None:
-    before = folder.read_result(job.folder)
+    before = layout.read_result(job.folder)
     files: dict[str, DictConfig | ListConfig] = {
         "hydra.yaml": OmegaConf.masked_copy(job.cfg, ["hydra"]),
         "overrides.yaml": OmegaConf.create(job.overrides),
     }
     try:
-        with held_back():  # a signal's exception in the midst of torch's import aborts the process
+        with block_signals():  # a signal's exception in the midst of torch's import aborts the process
             from fmexp.execution import execute
 
-        garbage.watch()
+        process.resume_gc()
         execute(job.run_cfg, job.folder, hydra_files=files, resume_command=job.resume_command)
-    except folder.HeldError:
+    except layout.LockedError:
         raise  # who holds the folder writes what comes of it
     except Exception as error:
-        if folder.read_result(job.folder) == before:  # it failed before the run could say so itself
+        if layout.read_result(job.folder) == before:  # it failed before the run could say so itself
             details = "".join(traceback.format_exception(error)).strip() if error.__cause__ else str(error)
             log.error("%s: %s", job.folder.name, details)
             with suppress(OSError):
-                folder.write_failure(job.folder, job.tree, job.overrides, str(error), details)
+                layout.write_failure(job.folder, job.tree, job.overrides, str(error), details)
 
 
 def _silence_console() -> None:
@@ -156,7 +157,7 @@ def prepare_data(jobs: list[Job]) -> None:
     """Download and check each dataset once, before many processes want it; the folder's error comes once, too."""
     for node in {str(job.cfg.dataset): job.cfg.dataset for job in jobs}.values():
         if "root" in node:
-            with held_back():  # a signal's exception in the midst of torch's import aborts the process
+            with block_signals():  # a signal's exception in the midst of torch's import aborts the process
                 from fmexp.datasets import load  # and torch, which is not wanted otherwise
 
             load(node)
@@ -164,4 +165,4 @@ def prepare_data(jobs: list[Job]) -> None:
 
 def fail(job: Job, error: str) -> None:
     """Note in a member's folder that it failed without a word of its own."""
-    folder.write_failure(job.folder, job.tree, job.overrides, error)
+    layout.write_failure(job.folder, job.tree, job.overrides, error)

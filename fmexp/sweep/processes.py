@@ -10,18 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fmexp import garbage, results
-from fmexp.members import Job, ended_by_signals, fail, prepare_data
-from fmexp.members import run as run_job
-from fmexp.progress import Progress
-from fmexp.stop import Stop
+from fmexp import process
+from fmexp.process import Stop
+from fmexp.rundir import results
+from fmexp.sweep.job import Job, ended_by_signals, fail, prepare_data
+from fmexp.sweep.job import run as run_job
+from fmexp.sweep.progress import Progress
 
 
 def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -> None:
     """Run members in `workers` processes, each in an executor of its own: one that dies costs its member alone."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
-    garbage.watch()
+    process.resume_gc()
     with ended_by_signals():
         prepare_data(jobs)
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -85,7 +86,7 @@ def _in_worker() -> None:
     """Leave the terminal's process group, so that Ctrl-C reaches the sweep alone, which then tells its workers; and
     end, as by a signal, when the sweep itself was killed."""
     global _parent
-    garbage.wait()
+    process.pause_gc()
     _parent = os.getppid()
     os.setpgrp()
 

@@ -1,0 +1,211 @@
+"""The schemas: which keys a configuration has, of which type and in which range.
+
+Hydra checks names and types against these dataclasses while it composes, command line and YAML alike.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class Moment(Enum):
+    """When a stage is executed: before training, at each running loss, after each epoch, or at the end."""
+
+    start = "start"
+    log = "log"
+    epoch = "epoch"
+    end = "end"
+
+
+def limited(default: Any, **limits: Any) -> Any:
+    """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`.
+
+    `word` is what a whole number may be replaced by.
+    """
+    return field(default=default, metadata=limits)
+
+
+def listed(*default: Any) -> Any:
+    """A field that is a list."""
+    return field(default_factory=lambda: list(default))
+
+
+@dataclass
+class Train:
+    epochs: int = limited(1, least=1)
+    batch_size: int = limited(4, least=1)
+    log_every: int = limited(1000, least=1)
+    max_steps: int | None = limited(None, least=1)
+    num_workers: int = limited(2, least=0)
+    compile: Any = limited("auto", one_of=("auto", True, False))
+    checkpoint_every: int | None = limited(None, least=1)
+    tag: str = "train/loss"
+
+
+@dataclass
+class Backend:
+    kernels: str = limited("auto", one_of=("auto", "onednn", "native"))
+    threads: Any = limited("auto", word="auto", least=1, most=1024)  # with more, OpenMP ends the process
+
+
+@dataclass
+class Sweep:
+    fail_fast: bool = False
+    dry_run: bool = False
+
+
+@dataclass
+class Config:
+    seed: int = limited(0, least=0, below=2**63)
+    device: str = "auto"
+    objective: str = "test/accuracy"
+    resume: bool = True
+    train: Train = field(default_factory=Train)
+    backend: Backend = field(default_factory=Backend)
+    sweep: Sweep = field(default_factory=Sweep)
+    dataset: Any = MISSING
+    model: Any = MISSING
+    optimizer: Any = MISSING
+    logging: Any = MISSING
+    stage: dict[str, Any] = field(default_factory=dict)
+
+
+# What a key means stands once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.
+
+
+@dataclass
+class DownloadedDataset:
+    _target_: str = MISSING  # what makes the dataset: the import path of a function, called with the keys below
+    root: str = MISSING  # the folder of the files, as torchvision keeps them; FMEXP_DATA changes the default
+    download: bool = True  # fetch the files where they are missing; false: say so and stop
+    mirrors: list[str] = listed()  # where to fetch them from, tried in this order
+
+
+@dataclass
+class SyntheticDataset:
+    _target_: str = MISSING  # what makes the dataset: the import path of a function, called with the keys below
+    train_size: int = limited(12_000, least=1)  # training images
+    test_size: int = limited(2_000, least=1)  # test images
+    image_size: int = limited(28, least=8)  # height and width, in pixels
+    seed: int = limited(0, least=0)  # of what is drawn; the run's own seed does not change it
+
+
+@dataclass
+class Model:
+    _target_: str = MISSING  # what makes the model: the import path of a class or function, called with the keys below
+
+
+@dataclass
+class MLP(Model):
+    hidden: list[int] = listed(256, 128)  # the width of each hidden layer; []: one linear layer from pixels to classes
+    dropout: float = limited(0.0, least=0.0, below=1.0)  # the share of hidden units that each training step leaves out
+
+
+@dataclass
+class Optimizer:
+    _target_: str = MISSING  # the import path of the optimizer, called with the model's parameters and the keys below
+    lr: float = limited(0.001, least=0.0)  # learning rate: how far a step goes
+
+
+@dataclass
+class SGD(Optimizer):
+    momentum: float = limited(0.0, least=0.0)  # the share of the last step that this one keeps
+    dampening: float = 0.0  # how much less the gradient counts beside the momentum
+    weight_decay: float = limited(0.0, least=0.0)  # pulls weights to zero: this times the weight joins the gradient
+    nesterov: bool = False  # take the gradient where momentum will lead; needs momentum above 0 and dampening 0
+
+
+@dataclass
+class Adam(Optimizer):
+    # how slowly the running means of the gradient and of its square forget
+    betas: tuple[float, float] = limited((0.9, 0.999), least=0.0, below=1.0)
+    eps: float = limited(1e-8, least=0.0)  # added to what the step is divided by
+    # pulls weights to zero: Adam adds it to the gradient, AdamW takes it from the weights themselves
+    weight_decay: float = limited(0.0, least=0.0)
+    amsgrad: bool = False  # divide by the largest mean square so far, not by the latest
+
+
+@dataclass
+class RMSprop(Optimizer):
+    alpha: float = limited(0.99, least=0.0)  # how slowly the running mean of the squared gradient forgets
+    eps: float = limited(1e-8, least=0.0)  # added to what the step is divided by
+    weight_decay: float = limited(0.0, least=0.0)  # pulls weights to zero: this times the weight joins the gradient
+    momentum: float = limited(0.0, least=0.0)  # the share of the last step that this one keeps
+    centered: bool = False  # divide by the gradient's variance, not by its mean square
+
+
+@dataclass
+class Logging:
+    _target_: str = MISSING  # the import path of the writer, called with the keys below and the run's folder
+    comment: str = ""
+    purge_step: int | None = limited(None, least=0)
+    max_queue: int = limited(10, least=1)  # records that wait in memory before training waits for the disk
+    flush_secs: int = limited(120, least=1)  # seconds between two writes to the disk
+    filename_suffix: str = ""  # appended to the names of event files
+
+
+@dataclass
+class Stage:
+    _target_: str = MISSING  # the import path of the stage's function, called with the run and the keys below
+    enabled: bool = True  # false: leave the stage out
+    when: Moment = MISSING  # the moment: before training, at each running loss, after each epoch, at the end
+    required: bool = False  # true: a failure ends the run; false: it is logged, and the run goes on
+
+
+@dataclass
+class TaggedStage(Stage):
+    tag: str = MISSING  # the name in TensorBoard
+
+
+@dataclass
+class ImageGrid(TaggedStage):
+    images: int = limited(4, least=1)  # how many
+    layout: str = limited("grid", one_of=("grid", "images"))
+
+
+@dataclass
+class Projector(TaggedStage):
+    images: int = limited(100, least=1)  # how many points
+    features: str | None = None
+
+
+@dataclass
+class Predictions(TaggedStage):
+    images: int = limited(4, least=1)  # how many of the batch, from its first on; no more than train.batch_size
+
+
+@dataclass
+class PRCurves(TaggedStage):
+    num_thresholds: int = limited(127, least=2, most=127)
+    weights: float | None = limited(None, least=0.0)
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "dataset": {"downloaded": DownloadedDataset, "synthetic": SyntheticDataset},
+    "model": {"plain": Model, "mlp": MLP},
+    "optimizer": {"plain": Optimizer, "sgd": SGD, "adam": Adam, "rmsprop": RMSprop},
+    "logging": {"tensorboard": Logging},
+    "stage": {
+        "plain": Stage,
+        "tagged": TaggedStage,
+        "image_grid": ImageGrid,
+        "projector": Projector,
+        "predictions": Predictions,
+        "pr_curves": PRCurves,
+    },
+}
+
+
+def register() -> None:
+    """Put the schemas where YAML names them: `defaults: [/schema/optimizer/sgd@_here_, _self_]`."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config)
+    for group, schemas in SCHEMAS.items():
+        for name, node in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+
+
+register()

@@ -1,0 +1,1 @@
+"""All that is on disk of a run. Knows no model."""

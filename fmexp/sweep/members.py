@@ -1,0 +1,141 @@
+"""The members of a sweep as their folders have them: which there are, and what came of each."""
+
+import logging
+import math
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from fmexp.config.overrides import quote, split, varied_keys
+from fmexp.errors import first_line
+from fmexp.rundir import layout, results
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Member(results.Result):
+    """A member of a sweep as its folder has it.
+
+    Attributes:
+        overrides: what made it this member, such as {"optimizer.lr": "0.1"}.
+    """
+
+    overrides: dict[str, str]
+
+
+def read(root: str | Path) -> list[Member]:
+    """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""
+    members: list[Member] = []
+    for path in sorted(_folders(Path(root)), key=folder_number):
+        try:
+            if not members:
+                _ = layout.read_config(path)["objective"]  # the first member's configuration speaks for all
+            members.append(_read_member(path))
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            log.warning("%s is left out, for it cannot be read: %s", path.absolute(), first_line(error))
+    return members
+
+
+def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
+    """Execute a sweep in a process of its own, or go on with the one in `root`, and return its members.
+
+    Args:
+        overrides: as on the command line after --multirun, such as ["optimizer.lr=0.1,0.01", "hydra/launcher=joblib"].
+    """
+    command = [sys.executable, "-m", "fmexp", "--multirun", *overrides, f"hydra.sweep.dir={quote(str(Path(root)))}"]
+    subprocess.run(command, check=False)
+    return read(root)
+
+
+def is_complete(root: Path) -> bool:
+    """Whether no member needs more work."""
+    return all(member.status in ("complete", "diverged") for member in read(root))
+
+
+def by_digest(root: Path) -> dict[str, list[Path]]:
+    """The member folders that a sweep's folder holds, by their configuration's digest."""
+    found = defaultdict(list)
+    for path in sorted(_folders(root), key=folder_number):
+        try:
+            found[layout.digest(path)].append(path)
+        except Exception as error:  # whatever a damaged file makes a YAML reader raise
+            log.warning("%s: its configuration cannot be read, so it is left alone: %s", path, error)
+    return found
+
+
+def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Sequence[str], taken: set[Path]) -> Path:
+    """A folder for a new member: its number and a slug of the varied overrides, which no other member has.
+
+    The slug has letters that every file system takes, and at most 100 of them. A folder whose run was killed before
+    it had written its configuration is free again.
+    """
+    words = (f"{key.split('.')[-1]}-{value}" for key, value in split(overrides).items() if key in varied)
+    slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word).strip("-.") for word in words)
+    base = f"{number}_{slug}"[:100].rstrip("_-.")
+    names = (base if attempt == 1 else f"{base}_{attempt}" for attempt in range(1, sys.maxsize))
+    return next(path for path in (root / name for name in names) if path not in taken and _is_free(path))
+
+
+def objective_of(root: Path) -> str:
+    """The name of the metric that a sweep compares."""
+    for path in _folders(root):
+        with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
+            return str(layout.read_config(path)["objective"])
+    return "test/accuracy"
+
+
+def maximised(objective: str) -> bool:
+    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
+    return objective == "test/accuracy"
+
+
+def ranked(members: Sequence[Member], objective: str) -> list[Member]:
+    """The members, best first, those without an objective at the end."""
+    sign = -1 if maximised(objective) else 1
+    return sorted(members, key=lambda m: (1, 0.0) if math.isnan(m.objective) else (0, sign * m.objective))
+
+
+def group_by_keys(members: Sequence[Member]) -> tuple[list[str], dict[tuple[str, ...], list[Member]]]:
+    """The varied keys without the seed, and the members with an objective by their values of these."""
+    varied = [key for key in varied_keys(_words(members)) if key != "seed"]
+    groups = defaultdict(list)
+    for member in members:
+        if not math.isnan(member.objective):
+            groups[tuple(member.overrides.get(key, "") for key in varied)].append(member)
+    return varied, dict(groups)
+
+
+def _words(members: Iterable[Member]) -> list[list[str]]:
+    return [[f"{key}={value}" for key, value in member.overrides.items()] for member in members]
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.glob("*") if layout.holds_run(path)]
+
+
+def folder_number(path: Path) -> tuple[int, str]:
+    """What the folders of members are sorted by: their number, and their name."""
+    head = path.name.split("_")[0]
+    return int(head) if head.isdigit() else -1, path.name
+
+
+def _is_free(path: Path) -> bool:
+    if not path.exists():
+        return True
+    left = {layout.LOCK, layout.OWNER, "fmexp.log", ".hydra"}
+    return not layout.holds_run(path) and {entry.name for entry in path.iterdir()} <= left
+
+
+def _read_member(path: Path) -> Member:
+    result = results.read(path)
+    file = path / ".hydra" / "overrides.yaml"
+    words = list(OmegaConf.load(file)) if file.is_file() else []  # fmexp.execute writes none
+    return Member(**vars(result), overrides=split([str(word) for word in words]))
