@@ -1,4 +1,7 @@
-"""Stopping in good order: a signal is noted, the run finishes its batch and saves, and only then the process ends."""
+"""This process: its signals, its garbage collection, its cores.
+
+Stopping is in good order: a signal is noted, the run finishes its batch and saves, and only then the process ends.
+"""
 
 import atexit
 import gc
@@ -98,13 +101,22 @@ class Stop:
 
 
 def pause_gc() -> None:
-    """Look for none until `resume_gc` is called, and for none at the end of the process."""
+    """Collect no garbage until `resume_gc` is called, and none at the end of the process.
+
+    Hydra, torch and matplotlib leave a million objects that stay to the end. To look for garbage among them, while they
+    are imported and once more when the process ends, takes about a second.
+    """
     gc.disable()
     atexit.register(gc.freeze)
 
 
 def resume_gc() -> None:
-    """After `pause_gc`: look for what becomes garbage from now on. Without it, leave all as it is."""
+    """After `pause_gc`: collect what becomes garbage from now on. Without it, leave all as it is."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
+
+
+def available_cores() -> int:
+    """How many cores this process may use; macOS does not say, and there it is how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

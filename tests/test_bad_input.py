@@ -172,7 +172,6 @@ COMPOSED = [
     bad("+stage=bare_on", "stage.mine.on is stage.mine.when now", "start, log, epoch, end"),
     bad("+stage=bare_on_in_schema", "stage.mine.on is stage.mine.when now"),
     bad("stage.predictions.on=end", "stage.predictions.on is stage.predictions.when now"),
-    bad("+stage.mine={_target_:wrong.stage,size:1,'on':end}", "stage.mine.on is stage.mine.when now"),
     bad("+stage=noon", "stage.mine.when=noon must be one of start, log, epoch, end"),
     bad("+stage=onless", "stage.mine.when is missing", "start, log, epoch, end"),
     bad("+stage=nameless", "stage._target_=wrong.stage must be a mapping with _target_ and when"),

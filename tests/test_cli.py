@@ -22,9 +22,11 @@ from tools import SMALL, read_events, scalars, weights, write_idx_splits
 
 import fmexp
 from fmexp import cli, compose, execute
+from fmexp.__main__ import main
 from fmexp.build import build
 from fmexp.config import conf_dir, resolved
 from fmexp.config.overrides import quote, resume_command
+from fmexp.process import available_cores
 from fmexp.run import Run
 
 SCRIPT = Path(sys.executable).with_name("fmexp")
@@ -459,3 +461,14 @@ def test_run_in_an_oddly_named_folder_and_once_more(odd_folder: Path, monkeypatc
     assert again.status == 0, again.err
     assert "complete already; nothing is trained" in again.out
     assert (odd_folder / "result.json").read_bytes() == before
+
+
+def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"runs on Linux and macOS\. On Windows, run it in WSL"):
+        main()
+
+
+def test_the_cores_of_a_system_that_does_not_say_which_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert available_cores() == os.cpu_count()

@@ -234,7 +234,7 @@ def test_the_configurations_dataclass_and_its_yaml_agree() -> None:
 
 def test_the_moments_are_those_that_files_and_help_name() -> None:
     assert [moment.value for moment in Moment] == ["start", "log", "epoch", "end"]
-    assert "on=start|log|epoch|end" in raw(conf_dir() / "hydra" / "help" / "fmexp.yaml")["template"]
+    assert "when=start|log|epoch|end" in raw(conf_dir() / "hydra" / "help" / "fmexp.yaml")["template"]
 
 
 # Help

@@ -677,7 +677,7 @@ def rude(run: Run) -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_rude_stage_disturbs_nothing(moment: str, frail: Callable[..., Path]) -> None:
-    folder = frail(*only(), f"+stage.rude={{_target_:test_stages.rude,on:{moment}}}")
+    folder = frail(*only(), f"+stage.rude={{_target_:test_stages.rude,when:{moment}}}")
     assert_same_weights(folder, frail(*only()))
     assert set(traces(folder)) - set(traces(frail(*only()))) == set()
 
@@ -738,7 +738,7 @@ def broken(run: Run) -> None:
     raise ZeroDivisionError("what a stage can get wrong")
 
 
-BROKEN = "+stage.broken={{_target_:test_stages.broken,on:{}}}"
+BROKEN = "+stage.broken={{_target_:test_stages.broken,when:{}}}"
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

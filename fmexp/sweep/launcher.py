@@ -7,7 +7,6 @@ sweep's folder by its configuration, and then skipped, resumed or trained; what 
 import importlib
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from fmexp import config
 from fmexp.config.overrides import resume_command, split, varied_keys
 from fmexp.errors import ConfigError, FmexpError
+from fmexp.process import available_cores
 from fmexp.rundir import atomic, layout, results
 from fmexp.sweep import processes, slurm
 from fmexp.sweep.job import Composer, Job, ended_by_signals, run
@@ -54,7 +54,7 @@ class Launcher(HydraLauncher):
         """How many members are executed at the same time."""
         if self.slurm is not None:
             return int(self.slurm.get("slurm_array_parallelism", 1))
-        return self.n_jobs if self.n_jobs > 0 else len(os.sched_getaffinity(0))
+        return self.n_jobs if self.n_jobs > 0 else available_cores()
 
     @contextmanager
     def reporting(self, total: int) -> Iterator[Progress]:

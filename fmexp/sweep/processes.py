@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmexp import process
-from fmexp.process import Stop
+from fmexp.process import Stop, available_cores
 from fmexp.rundir import results
 from fmexp.sweep.job import Job, ended_by_signals, fail, prepare_data
 from fmexp.sweep.job import run as run_job
@@ -100,7 +100,7 @@ def _in_worker() -> None:
 
 def _environment(slot: int, workers: int) -> dict[str, str]:
     """What a worker process finds in its environment: its share of the cores, and one GPU where there are several."""
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, available_cores() // workers)
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -95,7 +95,7 @@ def test_a_run_has_no_bar_of_its_own_in_a_sweep_that_has_one(
 def test_members_that_were_not_begun_are_counted_and_the_command_is_printed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = launcher.execute, []
+    original, calls = launcher.run, []
 
     def stopped(*arguments: Any, **more: Any) -> None:
         calls.append(1)
@@ -103,14 +103,14 @@ def test_members_that_were_not_begun_are_counted_and_the_command_is_printed_once
             raise SystemExit(143)
         original(*arguments, **more)
 
-    monkeypatch.setattr(launcher, "execute", stopped)
+    monkeypatch.setattr(launcher, "run", stopped)
     words = ["-m", *SMALL, "optimizer.lr=0.1,0.01", "seed=1,2,3", f"hydra.sweep.dir={tmp_path}/s"]
     done = program.call(*words, cwd=tmp_path)
     assert done.status == 143
     assert "6 members: 2 complete, 4 not begun" in done.out.splitlines()
     assert done.out.count("go on with") == 1
     assert done.out.splitlines()[-1].endswith(f"hydra.sweep.dir={tmp_path}/s")
-    monkeypatch.setattr(launcher, "execute", original)
+    monkeypatch.setattr(launcher, "run", original)
     again = program.call(*words, cwd=tmp_path)
     assert "(4 to train, 0 to resume, 2 to skip)" in again.out
     assert "[3/6] 2_lr-0.1_seed-3" in again.out
