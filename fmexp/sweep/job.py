@@ -87,8 +87,6 @@ def run(job: Job, *, console: bool = False) -> None:
         console: whether its log lines go to the console, too, and not to its fmexp.log alone.
     """
     setup_globals()
-    with open_dict(job.cfg):
-        job.cfg.hydra.runtime.output_dir = str(job.folder)
     configure_log(job.cfg.hydra.job_logging, job.cfg.hydra.verbose)
     if not console:
         _silence_console()

@@ -133,6 +133,7 @@ class Launcher(HydraLauncher):
             with open_dict(cfg):
                 cfg.hydra.job.id = cfg.hydra.job.num = number
                 cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(root), path.name
+                cfg.hydra.runtime.output_dir = str(path)
             jobs.append(Job(number, list(overrides), cfg, run_cfg, tree, path, action, command))
         return jobs
 

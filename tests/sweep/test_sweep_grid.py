@@ -2,8 +2,11 @@
 
 import csv
 import json
+import logging
 import os
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import program
@@ -14,8 +17,10 @@ from omegaconf import OmegaConf
 from sweep_tools import SMALL, THREADS, Sweep, files, hparams, members, result, tensorboard
 
 from fmexp import compose, config, sweep
+from fmexp.config.hydra_versions import VERSION_BASE
 from fmexp.rundir import layout
-from fmexp.sweep.job import Composer
+from fmexp.sweep.job import Composer, run
+from fmexp.sweep.launcher import Launcher
 
 
 def test_each_member_has_a_folder_with_all_of_its_run(grid: Sweep) -> None:
@@ -227,7 +232,7 @@ def test_members_are_composed_as_hydra_does(words: list[str]) -> None:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    with initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir()), job_name="fmexp"):
+    with initialize_config_dir(**VERSION_BASE, config_dir=str(config.conf_dir()), job_name="fmexp"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", ["dataset=synthetic"], RunMode.MULTIRUN)
         expected = loader.load_sweep_config(master, words)
@@ -241,6 +246,29 @@ def test_members_are_composed_as_hydra_does(words: list[str]) -> None:
         assert OmegaConf.get_type(ours) == OmegaConf.get_type(theirs)
     with pytest.raises(HydraException):
         composer.compose([*words, "train.nothing=1"])
+
+
+def test_a_job_is_run_again_as_slurm_does_with_one_that_it_has_put_back(tmp_path: Path) -> None:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with initialize_config_dir(**VERSION_BASE, config_dir=str(config.conf_dir()), job_name="fmexp"):
+        loader = GlobalHydra.instance().config_loader()
+        launcher = Launcher()
+        launcher.config = loader.load_configuration("config", [*SMALL, "logging=light"], RunMode.MULTIRUN)
+        launcher.hydra_context = SimpleNamespace(config_loader=loader)
+        (job,) = launcher.plan(tmp_path, [[*SMALL, "logging=light", "seed=3"]], 0)
+    handlers = logging.getLogger().handlers[:]
+    try:
+        run(job)
+        assert result(job.folder)["status"] == "complete"
+        (job.folder / "result.json").unlink()
+        run(pickle.loads(pickle.dumps(job)))
+    finally:
+        logging.getLogger().handlers[:] = handlers
+    assert result(job.folder)["status"] == "complete"
+    assert OmegaConf.load(job.folder / ".hydra" / "hydra.yaml").hydra.runtime.output_dir == str(job.folder)
 
 
 @pytest.mark.parametrize("name", ["lr_sweep", "model_comparison"])

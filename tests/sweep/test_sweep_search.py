@@ -8,6 +8,7 @@ import pytest
 from sweep_tools import OWN, Gate, Sweep, files, members, result
 
 from fmexp import compose, config, sweep
+from fmexp.rundir import layout
 
 SPACE = ("hydra/sweeper=optuna", "optimizer.lr=tag(log, interval(1e-4, 1e-1))", "optimizer.momentum=interval(0.0,0.9)",
          "+model.tag=a,b", "dataset.train_size=64")  # fmt: skip
@@ -43,7 +44,7 @@ def test_a_killed_search_goes_on_to_its_total_as_if_undisturbed(tmp_path: Path, 
     best = max(member.objective for member in sweep.read(root))
     assert f"best of 5 trials: {best:.4f} with " in third.output
     for path, (_, params, value) in zip(members(root), trials(root), strict=True):
-        held = sweep.folder.read_config(path)
+        held = layout.read_config(path)
         assert held["optimizer"]["lr"] == pytest.approx(params["optimizer.lr"], rel=1e-5)
         assert held["model"]["tag"] == params["+model.tag"]
         assert value == result(path)["objective"]
