@@ -56,7 +56,8 @@ def message(error: Exception) -> str:
         return of_word(error)
     if isinstance(error, CompactHydraException) and isinstance(cause, OmegaConfBaseException):
         where, _, hint = str(error).removesuffix(str(cause)).strip().partition("\n")
-        if _key(cause)[0] in config.closed():
+        part, name = _key(cause)
+        if part in config.closed() or (part.startswith("stage.") and name == "on"):
             hint = ""  # Hydra's "To append to your config use +" is no way to a key that is not in the schema
         return "\n".join(filter(None, (where, of_config(cause), hint)))
     if isinstance(error, CompactHydraException) or _is_of_hydra(error):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,25 @@ def test_the_stage(changed: Path, tmp_path: Path) -> None:
     tags = read_events(tmp_path / "out").Tags()["histograms"]
     assert "weights/1.weight" in tags
     assert len(tags) == 6
+
+
+@pytest.mark.slow
+def test_the_tests_of_configuration_and_command_line_pass_with_all_three(tmp_path: Path) -> None:
+    """There is no list to extend: help, schemas and tests find a new option by itself."""
+    for name in ("fmexp", "conf", "tests", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml"):
+        source = CHECKOUT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "runs", "multirun"))
+        else:
+            shutil.copy(source, tmp_path)
+    for diff in DIFFS:
+        subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    words = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_conf.py", "tests/test_cli.py"]
+    done = run(*words, cwd=tmp_path, command=(sys.executable, "-m", "pytest"), env=environment(tmp_path))
+    assert done.status == 0, done.out
+    assert (
+        "model-linear"
+        in run(
+            "--collect-only", *words, cwd=tmp_path, command=(sys.executable, "-m", "pytest"), env=environment(tmp_path)
+        ).out
+    )

@@ -4,6 +4,7 @@ from typing import Any
 
 import hydra.utils
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 # 1.4 asks which targets a configuration may name. In fmexp that is whatever its user writes, for the configuration is
 # the user's own program; a folder that is only read is never instantiated.
@@ -11,6 +12,9 @@ _UNCHECKED = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 
 # 1.4 has no behaviours of older versions to choose from.
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if _UNCHECKED is None else {}
+
+# OmegaConf 2.4, which comes with Hydra 1.4, calls it register_resolver; 2.3 has that name for something older.
+register_resolver: Any = OmegaConf.register_new_resolver if _UNCHECKED is None else OmegaConf.register_resolver
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
