@@ -35,10 +35,9 @@ def execute(
     hydra_files: Mapping[str, DictConfig | ListConfig] | None = None,
     resume_command: str = "",
 ) -> float:
-    """Execute the run of a composed configuration in a folder, or go on with it, and return its objective.
+    """Execute the run of a composed configuration in a folder, or go on with it; its objective, or NaN if it diverged.
 
-    The folder holds afterwards: .hydra/config.yaml, fmexp.log, events.out.tfevents.*, model.pt and result.json.
-    A run that is complete there already returns what it had; one that diverged returns NaN.
+    The folder then holds .hydra/, fmexp.log, event files, model.pt and result.json. A complete run is left as it is.
 
     Args:
         hydra_files: more files for .hydra/, by name.

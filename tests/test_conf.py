@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import fmexp.sweep.launcher  # registers what recipes choose of hydra/sweeper
 from fmexp import compose, config, datasets, execute
-from fmexp.config import SCHEMAS, Config, Moment, conf_dir, schema
+from fmexp.config import SCHEMAS, Config, Moment, composition, conf_dir, schema
 from fmexp.errors import ConfigError
 
 FILES = sorted(conf_dir().rglob("*.yaml"))

@@ -57,18 +57,23 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
         threads = [threading.Thread(target=work, args=(slot,)) for slot in range(workers)]
         for thread in threads:
             thread.start()
-        told = False
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(0.1)
-            if stop.signal and not told:
-                told = True
-                halt.set()
-                _tell_to_stop(executors)
+        _wait(threads, stop, halt, executors)
         for executor in filter(None, executors):
             executor.shutdown()
         if stop.signal:
             stop.leave()
+
+
+def _wait(threads: list[threading.Thread], stop: Stop, halt: threading.Event, executors: list[Any]) -> None:
+    """Wait for the threads. At a signal no more members are started, and those that run are told to stop."""
+    told = False
+    while any(thread.is_alive() for thread in threads):
+        for thread in threads:
+            thread.join(0.1)
+        if stop.signal and not told:
+            told = True
+            halt.set()
+            _tell_to_stop(executors)
 
 
 def _run_in_worker(job: Job) -> None:
