@@ -131,7 +131,7 @@ class Launcher(HydraLauncher):
             finished = mine and results.status(path) in ("complete", "diverged")
             action = "skip" if finished else "resume" if mine else "train"
             with open_dict(cfg):
-                cfg.hydra.job.id = cfg.hydra.job.num = number
+                cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
                 cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(root), path.name
                 cfg.hydra.runtime.output_dir = str(path)
             jobs.append(Job(number, list(overrides), cfg, run_cfg, tree, path, action, command))
