@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fmexp.errors import DataError
+from fmexp.rundir.atomic import sync
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _download(file: Remote, folder: Path, mirrors: Sequence[str], hint: str) -> 
             temporary.unlink(missing_ok=True)
             _save(url, file, temporary)
             os.replace(temporary, folder / file.name)
-            _sync_folder(folder)
+            sync(folder)  # so that the rename outlasts a power cut
             return
         except _MirrorFailed as error:
             log.warning("%s failed: %s", url, error)
@@ -198,12 +199,3 @@ def _chunks(url: str, name: str) -> Generator[bytes, None, None]:
     # http.client takes an early end for the end of the file.
     if total is not None and got != total:
         raise _MirrorFailed(f"truncated: expected {total} bytes, found {got}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fmexp.rundir import layout
-from fmexp.sweep.members import _folders
+from fmexp.sweep.members import member_folders
 from fmexp.sweep.report import conclude
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     root = parser.parse_args().folder.absolute()
     if not root.is_dir():
         parser.error(f"{root} is no folder")
-    if not _folders(root):
+    if not member_folders(root):
         deeper = sorted({str(path.parents[2]) for path in root.glob(f"*/*/**/{layout.CONFIG}")})
         hint = f" There are runs in {', '.join(deeper[:3])}." if deeper else ""
         sys.exit(f"No folder in {root} holds a run.{hint}")

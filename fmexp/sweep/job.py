@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import re
 import signal
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import configure_log, setup_globals
+from hydra.core.utils import configure_log, env_override, setup_globals
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -90,15 +89,16 @@ def run(job: Job, *, console: bool = False) -> None:
     configure_log(job.cfg.hydra.job_logging, job.cfg.hydra.verbose)
     if not console:
         _silence_console()
-    os.environ.update({str(name): str(value) for name, value in job.cfg.hydra.job.env_set.items()})
+    environment = {str(name): str(value) for name, value in job.cfg.hydra.job.env_set.items()}
     outer = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(job.cfg)  # for code of one's own that asks Hydra where it is
     try:
-        while True:
-            while layout.is_locked(job.folder):
-                time.sleep(0.2)
-            with suppress(layout.LockedError):
-                return _run(job)
+        with env_override(environment):  # as it was for the next member in this process
+            while True:
+                while layout.is_locked(job.folder):
+                    time.sleep(0.2)
+                with suppress(layout.LockedError):
+                    return _run(job)
     finally:
         HydraConfig.instance().cfg = outer
 

@@ -34,7 +34,7 @@ class Member(results.Result):
 def read(root: str | Path) -> list[Member]:
     """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""
     members: list[Member] = []
-    for path in sorted(_folders(Path(root)), key=folder_number):
+    for path in sorted(member_folders(Path(root)), key=folder_number):
         try:
             if not members:
                 _ = layout.read_config(path)["objective"]  # the first member's configuration speaks for all
@@ -63,7 +63,7 @@ def is_complete(root: Path) -> bool:
 def by_digest(root: Path) -> dict[str, list[Path]]:
     """The member folders that a sweep's folder holds, by their configuration's digest."""
     found = defaultdict(list)
-    for path in sorted(_folders(root), key=folder_number):
+    for path in sorted(member_folders(root), key=folder_number):
         try:
             found[layout.digest(path)].append(path)
         except Exception as error:  # whatever a damaged file makes a YAML reader raise
@@ -86,7 +86,7 @@ def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Seque
 
 def objective_of(root: Path) -> str:
     """The name of the metric that a sweep compares."""
-    for path in _folders(root):
+    for path in member_folders(root):
         with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
             return str(layout.read_config(path)["objective"])
     return "test/accuracy"
@@ -105,7 +105,7 @@ def ranked(members: Sequence[Member], objective: str) -> list[Member]:
 
 def group_by_keys(members: Sequence[Member]) -> tuple[list[str], dict[tuple[str, ...], list[Member]]]:
     """The varied keys without the seed, and the members with an objective by their values of these."""
-    varied = [key for key in varied_keys(_words(members)) if key != "seed"]
+    varied = [key for key in varied_keys(override_words(members)) if key != "seed"]
     groups = defaultdict(list)
     for member in members:
         if not math.isnan(member.objective):
@@ -113,11 +113,13 @@ def group_by_keys(members: Sequence[Member]) -> tuple[list[str], dict[tuple[str,
     return varied, dict(groups)
 
 
-def _words(members: Iterable[Member]) -> list[list[str]]:
+def override_words(members: Iterable[Member]) -> list[list[str]]:
+    """The overrides of each member as words, key=value."""
     return [[f"{key}={value}" for key, value in member.overrides.items()] for member in members]
 
 
-def _folders(root: Path) -> list[Path]:
+def member_folders(root: Path) -> list[Path]:
+    """The folders in a sweep's folder that hold a run, in no order."""
     return [path for path in root.glob("*") if layout.holds_run(path)]
 
 

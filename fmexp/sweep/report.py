@@ -17,11 +17,11 @@ from fmexp.config.overrides import varied_keys
 from fmexp.rundir import atomic, layout
 from fmexp.sweep.members import (
     Member,
-    _folders,
-    _words,
     group_by_keys,
     maximised,
+    member_folders,
     objective_of,
+    override_words,
     ranked,
     read,
 )
@@ -40,7 +40,7 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     others = []
-    for path in (path for path in _folders(root) if path not in trees):
+    for path in (path for path in member_folders(root) if path not in trees):
         with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
             others.append(layout.read_config(path))
     rows = [config.hparams(tree) for tree in (*trees.values(), *others)]
@@ -72,7 +72,7 @@ def table(root: Path, members: Sequence[Member], digits: int | None = 4) -> list
 
     Numbers are in full without `digits`.
     """
-    varied = varied_keys(_words(members))
+    varied = varied_keys(override_words(members))
     metrics = list(dict.fromkeys(name for member in members for name in member.metrics if name != "seconds"))
     rows = [[*varied, *metrics, "status", "seconds", "folder"]]
     for member in ranked(members, objective_of(root)):

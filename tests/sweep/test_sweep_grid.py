@@ -258,10 +258,12 @@ def test_a_job_is_run_again_as_slurm_does_with_one_that_it_has_put_back(tmp_path
         launcher = Launcher()
         launcher.config = loader.load_configuration("config", [*SMALL, "logging=light"], RunMode.MULTIRUN)
         launcher.hydra_context = SimpleNamespace(config_loader=loader)
-        (job,) = launcher.plan(tmp_path, [[*SMALL, "logging=light", "seed=3"]], 0)
+        words = [*SMALL, "logging=light", "seed=3", "+hydra.job.env_set.OF_THE_MEMBER=3"]
+        (job,) = launcher.plan(tmp_path, [words], 0)
     handlers = logging.getLogger().handlers[:]
     try:
         run(job)
+        assert "OF_THE_MEMBER" not in os.environ
         assert result(job.folder)["status"] == "complete"
         (job.folder / "result.json").unlink()
         run(pickle.loads(pickle.dumps(job)))
