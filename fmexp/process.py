@@ -6,11 +6,13 @@ Stopping is in good order: a signal is noted, the run finishes its batch and sav
 import atexit
 import gc
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -120,3 +122,17 @@ def resume_gc() -> None:
 def available_cores() -> int:
     """How many cores this process may use; macOS does not say, and there it is how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """How many bytes of memory this process may hope for: what is free or can be freed, within its control group."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):  # what follows is Linux's
+        limits += [1024 * int(kib) for kib in re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())]
+        group = Path(
+            "/sys/fs/cgroup", *Path(Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()).parts[1:]
+        )
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max"
+                limits.append(int((folder / "memory.max").read_text()))
+    return min(limits)

@@ -10,6 +10,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 # The device is not in the digest either: a resume on another one goes on with a warning, for the bits may differ.
 NOT_IN_DIGEST = ("resume", "device", "train.num_workers", "train.checkpoint_every", "logging.max_queue",
                  "logging.flush_secs", "dataset.root", "dataset.download", "dataset.mirrors",
+    "dataset.cache", "dataset.cache_dir",
     "sweep.fail_fast",
     "sweep.dry_run",
 )  # fmt: skip

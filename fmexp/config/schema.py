@@ -94,6 +94,31 @@ class SyntheticDataset:
 
 
 @dataclass
+class OwnDataset:
+    _target_: str = MISSING  # what makes the dataset: the import path of a function, called with the keys below
+    root: str = MISSING  # where the data is
+    test_share: float = limited(0.2, above=0.0, below=1.0)  # of each class held out, where there is no test split
+    split_seed: int = limited(0, least=0)  # of what is held out; the run's own seed does not change it
+    mean: list[float] = listed(0.5)  # subtracted from the pixels, 0 to 1: one number, or one for each channel
+    std: list[float] = listed(0.5)  # what the pixels are then divided by: one number, or one for each channel
+
+
+@dataclass
+class ImageFolder(OwnDataset):
+    image_size: int | None = limited(None, least=1)
+    resize: int | None = limited(None, least=1)
+    crop: bool = True
+    channels: int = limited(3, one_of=(1, 3))
+    cache: str = limited("auto", one_of=("auto", "memory", "disk", "none"))
+    cache_dir: str = "data/cache"
+
+
+@dataclass
+class Arrays(OwnDataset):
+    classes: list[str] | None = None
+
+
+@dataclass
 class Model:
     _target_: str = MISSING  # what makes the model: the import path of a class or function, called with the keys below
 
@@ -184,7 +209,12 @@ class PRCurves(TaggedStage):
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "dataset": {"downloaded": DownloadedDataset, "synthetic": SyntheticDataset},
+    "dataset": {
+        "downloaded": DownloadedDataset,
+        "synthetic": SyntheticDataset,
+        "image_folder": ImageFolder,
+        "arrays": Arrays,
+    },
     "model": {"plain": Model, "mlp": MLP},
     "optimizer": {"plain": Optimizer, "sgd": SGD, "adam": Adam, "rmsprop": RMSprop},
     "logging": {"tensorboard": Logging},

@@ -1,8 +1,10 @@
 """A dataset: two splits, the names of the classes, the normalisation; and how a configuration's is built."""
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -17,16 +19,21 @@ from fmexp.errors import ConfigError
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels in memory: uint8 [N, C, H, W] and int64 [N]."""
+    """Images and labels in memory: uint8 [N, C, H, W] and int64 [N].
+
+    Attributes:
+        mapped: the images are in a file that is mapped into memory. They stay there, and only batches go to a GPU.
+    """
 
     images: Tensor
     labels: Tensor
+    mapped: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
+        return self if self.mapped else Split(self.images.to(device), self.labels.to(device))
 
 
 MapStyle = torch.utils.data.Dataset[Any]
@@ -63,9 +70,8 @@ class Dataset:
         return replace(self, train=train, test=test)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32, the very bits of torchvision's ToTensor and Normalize."""
-        scale, mean, std = (_per_channel(tuple(values), images.device) for values in ((255.0,), self.mean, self.std))
-        return images.to(torch.float32).div_(scale).sub_(mean).div_(std)
+        """uint8 [B, C, H, W] -> float32, as `normalise` does."""
+        return normalise(images, self.mean, self.std)
 
     def displayable(self, images: Tensor) -> Tensor:
         """Normalised [B, C, H, W] -> float32 in [0, 1] on the CPU: the bytes that were normalised, divided by 255."""
@@ -86,6 +92,12 @@ class Dataset:
             return self.normalise(split.images.index_select(0, indices)), split.labels.index_select(0, indices)
         pairs = [split[index] for index in indices.tolist()]
         return torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, C, H, W] -> float32, the very bits of torchvision's ToTensor and Normalize."""
+    scale, shift, width = (_per_channel(tuple(values), images.device) for values in ((255.0,), mean, std))
+    return images.to(torch.float32).div_(scale).sub_(shift).div_(width)
 
 
 @cache
@@ -123,3 +135,17 @@ def check(dataset: Dataset) -> None:
             raise ConfigError(f"dataset: the {name} split is empty.")
     if len(dataset.classes) < 2:
         raise ConfigError(f"dataset: {len(dataset.classes)} class is too few; a classifier needs two.")
+
+
+def hold_out(names: Sequence[str], labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide images into those that stay and those that are held out, `share` of each class: the indices, in order.
+
+    It depends on the seed and the names alone, so that images which come or go move few of the others. Of a class that
+    has two images or more at least one is held out, and one stays.
+    """
+    drawn = {index: hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest() for index, name in enumerate(names)}
+    groups: dict[int, list[int]] = {}
+    for index in sorted(drawn, key=drawn.__getitem__):
+        groups.setdefault(labels[index], []).append(index)
+    held = {i for group in groups.values() for i in group[: min(len(group) - 1, max(1, round(share * len(group))))]}
+    return [i for i in drawn if i not in held], sorted(held)

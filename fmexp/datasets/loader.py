@@ -42,7 +42,7 @@ def batches(
         size = 4 * batch_size * split.images[0].numel()
         together = max(1, BLOCK // size) if device.type == "cpu" and size % 64 == 0 else 1
         for block in indices.to(split.labels.device).split(together * batch_size):
-            images, labels = dataset.take(split, block)
+            images, labels = (part.to(device) for part in dataset.take(split, block))
             for pair in zip(images.split(batch_size), labels.split(batch_size), strict=True):
                 yield pair[0].detach(), pair[1].detach()  # else autograd knows them as views of one, not to be changed
         return
