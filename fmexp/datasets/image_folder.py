@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -116,8 +116,8 @@ class Pictures(torch.utils.data.Dataset[Any]):
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """The picture at `index`, uint8 [C, H, W]."""
         with self._opened(index) as opened:
-            self._check_size(opened)
             picture = ImageOps.exif_transpose(opened)
+            self._check_size((picture.height, picture.width))
             if picture.mode.startswith("I"):  # 16 bits, of which PIL's own conversion makes white
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.has_transparency_data:
@@ -125,7 +125,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             picture = self._fitted(picture.convert("L" if self.channels == 1 else "RGB"))
             pixels = np.asarray(picture).reshape(picture.height, picture.width, self.channels)
-            return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+            return np.array(pixels.transpose(2, 0, 1), order="C")
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
         """Resized and cropped, to the very pixels of torchvision's Resize and CenterCrop."""
@@ -142,7 +142,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
     def check(self, index: int) -> None:
         """Raise DataError unless the picture's header can be read and its size is right."""
         with self._opened(index) as picture:
-            self._check_size(picture)
+            self._check_size(_upright(picture))
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -154,8 +154,8 @@ class Pictures(torch.utils.data.Dataset[Any]):
                 return _upright(picture)
         return 0, 0
 
-    def _check_size(self, picture: Image.Image) -> None:
-        if self.side is None and (size := _upright(picture)) != self.size:
+    def _check_size(self, size: tuple[int, int]) -> None:
+        if self.side is None and size != self.size:
             found, first = (f"{width}x{height}" for height, width in (size, self.size))
             raise ValueError(f"is {found} where the first is {first}; dataset.image_size=<pixels> makes all alike")
 
@@ -200,9 +200,10 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 
 def _upright(picture: Image.Image) -> tuple[int, int]:
-    """Height and width of a picture that is turned as its camera was held."""
+    """Height and width of a picture, turned as its camera was held, from its header."""
     width, height = picture.size
-    return (width, height) if picture.getexif().get(274, 1) > 4 else (height, width)
+    exif = Image.Image.getexif(picture)  # PNG's own decodes the picture
+    return (width, height) if exif.get(ExifTags.Base.Orientation, 1) > 4 else (height, width)
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -237,8 +238,6 @@ def _splits(root: Path, share: float, seed: int) -> tuple[list[Any], list[Any], 
     if empty := sorted(set(range(len(classes))) - {label for _, label in pictures}):
         raise DataError(f"{top / classes[empty[0]]} has no picture ({', '.join(SUFFIXES)}). Remove it, or fill it.")
     if test:
-        if unknown := sorted(set(_folders(root / test)) - set(classes)):
-            raise DataError(f"{root / test / unknown[0]} is of no class: {top} has no {unknown[0]}.")
         if test == "test" and "val" in folders:
             log.info("%s is not used: the test split is %s", root / "val", root / "test")
         return pictures, _pictures(root, root / test, classes), classes, str(root / test)
@@ -257,8 +256,10 @@ def _pictures(root: Path, split: Path, classes: list[str]) -> list[tuple[str, in
     def refuse(error: OSError) -> None:
         raise error
 
-    for label, name in enumerate(classes):
-        seen: set[str] = set()
+    for name in _folders(split):
+        if name not in classes:
+            raise DataError(f"{split / name} is of no class: the training split has no {name}.")
+        label, seen = classes.index(name), set[str]()
         for folder, folders, files in os.walk(split / name, onerror=refuse, followlinks=True):
             if (place := os.path.realpath(folder)) in seen:  # by a link
                 folders.clear()
