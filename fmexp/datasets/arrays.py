@@ -66,12 +66,12 @@ def _split(path: Path, pairs: Sequence[tuple[str, str]], scale: int | None = Non
         if images is None or labels is None:
             here, lacking = names if labels is None else names[::-1]
             raise DataError(f"{path} has {here} and no {lacking}.")
+        labels = _labels(labels, f"{path}: {names[1]}")
+        images = _channels_first(images, f"{path}: {names[0]}")
         if len(images) != len(labels):
             raise DataError(
                 f"{path}: {names[0]} are {len(images)}, {names[1]} are {len(labels)}; each image needs one."
             )
-        labels = _labels(labels, f"{path}: {names[1]}")
-        images = _channels_first(images, f"{path}: {names[0]}")
         scale = scale or (255 if images.dtype.kind in "bf" and images.max() <= 1 else 1)
         images = _bytes(images, scale, f"{path}: {names[0]}")
         return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)), scale
@@ -80,22 +80,22 @@ def _split(path: Path, pairs: Sequence[tuple[str, str]], scale: int | None = Non
 
 def _read(path: Path, name: str) -> NDArray[Any] | None:
     """An array of an .npz, or the file of its name in a folder; None where there is none. Nothing is unpickled."""
+    file = path / f"{name}.npy" if path.is_dir() else path
+    if file != path and not file.exists():
+        return None
     try:
-        if path.is_dir():
-            file = path / f"{name}.npy"
-            array = np.load(file, allow_pickle=False) if file.exists() else None
-        elif not isinstance(archive := np.load(path, allow_pickle=False), np.lib.npyio.NpzFile):
-            raise DataError(
-                f"{path} is one array. dataset.root=<folder> names the folder of several, or an .npz of them."
-            )
-        else:
-            with archive:
-                array = archive.get(name)
+        with open(file, "rb") as content:  # NumPy leaves one that is damaged open
+            array: Any = np.load(content, allow_pickle=False)
+            if file == path:
+                if not isinstance(array, np.lib.npyio.NpzFile):
+                    raise ValueError("the file is one array; several are in an .npz, or in the folder dataset.root")
+                array = array.get(name)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: {name} cannot be read: {first_line(error)}") from error
     if array is not None and not array.size:
         raise DataError(f"{path}: {name} is empty, with shape {list(array.shape)}.")
-    return array
+    found: NDArray[Any] | None = array
+    return found
 
 
 def _labels(labels: NDArray[Any], where: str) -> NDArray[np.int64]:

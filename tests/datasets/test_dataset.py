@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fmexp import datasets
 from fmexp.datasets import Dataset, Split
+from fmexp.datasets.dataset import hold_out
 from fmexp.errors import ConfigError
 
 DIGITS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
@@ -85,3 +86,26 @@ def test_a_dataset_that_cannot_be_trained_on_is_refused(train: int, test: int, c
     parts = [in_memory(images[:count]).train for count in (train, test)]
     with pytest.raises(ConfigError, match=message):
         datasets.check(Dataset(parts[0], parts[1], DIGITS[:classes]))
+
+
+# What is held out
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.2, [2, 1, 1, 0]), (0.01, [1, 1, 1, 0]), (0.99, [9, 2, 1, 0])])
+def test_a_share_of_each_class_is_held_out(share: float, held: list[int]) -> None:
+    labels = torch.tensor([0] * 10 + [1] * 3 + [2] * 2 + [3])[
+        torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    ]
+    names = [f"{number}.png" for number in range(16)]
+    stay, out = hold_out(names, labels.tolist(), share, 0)
+    assert sorted(stay + out) == list(range(16))
+    assert (stay, out) == (sorted(stay), sorted(out))
+    assert torch.bincount(labels[out], minlength=4).tolist() == held
+
+
+def test_what_is_held_out_depends_on_the_seed_and_hardly_on_other_images() -> None:
+    names, labels = [str(number) for number in range(1000)], [number % 2 for number in range(1000)]
+    _, out = hold_out(names, labels, 0.2, 0)
+    assert len(set(out) & set(hold_out(names, labels, 0.2, 1)[1])) < 80  # 40 by chance
+    _, with_more = hold_out([*names, "more", "and more"], [*labels, 0, 1], 0.2, 0)
+    assert len(set(out) ^ set(with_more)) <= 4
