@@ -223,7 +223,7 @@ def main(words: list[str], path: Path = PAGE) -> None:
     text = page()
     if words == ["--check"]:
         if not path.is_file() or path.read_text() != text:
-            raise SystemExit(f"{path.name} is out of date; make it anew with: python docs/reference.py")
+            raise SystemExit(f"{path.name} is out of date; make it again with: python docs/reference.py")
     elif words:
         raise SystemExit("usage: python docs/reference.py [--check]")
     else:

@@ -11,7 +11,7 @@ def main() -> None:
     if sys.platform == "win32":  # which has neither these signals nor renames over open files
         sys.exit("fmexp runs on Linux and macOS. On Windows, run it in WSL.")
     process.pause_gc()
-    # Waiting threads of OpenMP spin so long by default that a busy machine comes to a standstill (docs/performance.md).
+    # By default waiting threads of OpenMP spin so long that a busy machine comes to a standstill: benchmarks/README.md.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from fmexp import cli
 

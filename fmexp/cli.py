@@ -1,4 +1,4 @@
-"""The door: Hydra composes and checks the configuration, and only then is torch imported and the run executed."""
+"""The entry point: Hydra composes and checks the configuration; only then is torch imported and the run executed."""
 
 import logging
 import os

@@ -90,7 +90,7 @@ class _Execution:
         atomic.remove_leftovers((self.output_dir / layout.CONFIG).parent)
         text = layout.write_config(self.output_dir, self.tree, hydra_files)
         (self.output_dir / layout.RESULT).unlink(missing_ok=True)
-        if begun:  # else what stands here is not ours
+        if begun:  # else the files here are not ours
             atomic.remove_leftovers(self.output_dir)
             tensorboard.rewind(self.output_dir, state["events"] if state else tensorboard.EMPTY)
         if state:
@@ -183,7 +183,7 @@ class _Execution:
 def _column(name: str, text: str) -> str:
     """A name and, beside it, a text that goes on below its beginning where it is wider than the terminal."""
     width = max(shutil.get_terminal_size((100, 24)).columns, 40)  # 100 where the output is a file
-    text = text.replace(" (", "\N{NO-BREAK SPACE}(")  # what stands in brackets stays with what it belongs to
+    text = text.replace(" (", "\N{NO-BREAK SPACE}(")  # what is in brackets stays with the word before it
     lines = textwrap.fill(
         text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_long_words=False,
         break_on_hyphens=False,

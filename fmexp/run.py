@@ -1,4 +1,4 @@
-"""A run as its stages see it: what they may look at, and how they are executed without disturbing the training."""
+"""A run as its stages see it: what they may read, and how they are executed without disturbing the training."""
 
 import errno
 import logging
@@ -33,7 +33,7 @@ class Stage:
 
 @dataclass
 class Run:
-    """What a stage may look at, and where it writes.
+    """What a stage may read, and where it writes.
 
     Attributes:
         step: batches trained on; the global step of all that is written.

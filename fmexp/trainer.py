@@ -1,4 +1,4 @@
-"""Trains a run: one loop, what is logged on the way, and the state from which it goes on bit for bit after a stop."""
+"""Trains a run: one loop, what is logged on the way, and the state from which it continues bit for bit after a stop."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ class DivergedError(Exception):
 
 
 class Trainer:
-    """Trains a run from where it stands to its end.
+    """Trains a run from its current step to its end.
 
     Args:
         folder: where checkpoints are written; None: nowhere.
@@ -249,7 +249,7 @@ def find_recorder(run: Run) -> Recorder | None:
 
 
 def last_batch(run: Run) -> tuple[Tensor, Tensor]:
-    """Recreate the last training batch after a resume: stages look at it."""
+    """Recreate the last training batch after a resume: stages read it."""
     cfg, count = run.cfg.train, datasets.length(run.dataset.train)
     epoch, position = divmod(run.step - 1, steps_per_epoch(run.cfg, run.dataset))
     indices = datasets.order(run.cfg.seed, epoch, count)[position * cfg.batch_size :][: cfg.batch_size]

@@ -324,7 +324,7 @@ def test_a_run_that_diverged_has_an_exit_status_of_its_own_again_and_again(tmp_p
 
 
 def test_the_exit_status_is_documented(help_text: str) -> None:
-    assert f"{cli.DIVERGED} the run\n" in help_text.partition("Exit status: ")[2]
+    assert f"{cli.DIVERGED} the run diverged\n" in help_text.partition("Exit status: ")[2]
     assert f"{cli.DIVERGED} where a single run diverged" in (CHECKOUT / "README.md").read_text()
     assert f"exit status {cli.DIVERGED};" in (CHECKOUT / "docs" / "reliability.md").read_text()
 

@@ -306,7 +306,7 @@ def test_tensorboard_takes_the_flags(line: str) -> None:
 
 
 def test_scripts_and_folders_that_commands_name_are_there() -> None:
-    for page in PAGES:
+    for page in (page for page in LINKED if page.suffix == ".md"):
         for words in lines(page):
             for word in words[1:]:
                 if re.match(r"(tests|docs|benchmarks|examples)/", word):
@@ -388,42 +388,54 @@ def test_tab_completes_keys_and_options_in_bash(tmp_path: Path) -> None:
 # Links
 
 
-def links(page: Path) -> set[str]:
-    """What a page links to and shows, other than on the net."""
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
     text = page.read_text()
     if page.suffix == ".ipynb":
         text = "\n".join(
             "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
         )
-    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
-    return {link.partition("#")[0] for link in found if not re.match(r"https?:", link)} - {""}
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
-LINKED = [*PAGES, *sorted(DOCS.glob("*.ipynb"))]
+def links(page: Path) -> set[tuple[Path, str]]:
+    """The files that a page links to and shows, other than on the net, and "" or the heading in them."""
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    parts = [link.partition("#") for link in found if not re.match(r"https?:", link)]
+    return {((page.parent / path).resolve() if path else page, heading) for path, _, heading in parts}
 
 
-@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def headings(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    found = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+OTHERS = ("CONTRIBUTING.md", "benchmarks/README.md", "examples/own_project/README.md")
+LINKED = [*PAGES, *(CHECKOUT / name for name in OTHERS), *sorted(DOCS.glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(CHECKOUT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in links(page):
-        target = (page.parent / link).resolve()
+    for target, heading in links(page):
         if target.parent == DOCS / "pictures" and not target.parent.exists():
             continue  # docs/pictures.py has not been run yet
-        assert target.exists(), link
+        assert target.exists(), target
+        assert not heading or heading in headings(target), f"{target}#{heading}"
 
 
-@pytest.mark.parametrize("page", LINKED[1:], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKED[1:], ids=lambda page: str(page.relative_to(CHECKOUT)))
 def test_every_page_is_linked(page: Path) -> None:
-    others = [other for other in LINKED if other != page]
-    assert any(page == (other.parent / link).resolve() for other in others for link in links(other))
+    assert any(page == target for other in LINKED if other != page for target, _ in links(other))
 
 
 def test_every_picture_that_is_made_is_small_and_shown() -> None:
     made = re.search(r"^TABS.*?= \((.*?)^\)", (DOCS / "pictures.py").read_text(), re.MULTILINE | re.DOTALL)
     assert made
-    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    linked = {target for page in PAGES for target, _ in links(page)}
     for name in re.findall(r"\w+", made[1]):
         picture = DOCS / "pictures" / f"{name}.png"
-        assert picture in shown
+        assert picture in linked
         assert picture.stat().st_size <= 60_000
 
 
@@ -445,10 +457,12 @@ def test_reference_is_up_to_date(reference: Any) -> None:
     reference.main(["--check"])
 
 
-def test_reference_that_is_out_of_date_is_told_and_made_anew(reference: Any, tmp_path: Path) -> None:
+def test_reference_that_is_out_of_date_is_told_and_made_again(reference: Any, tmp_path: Path) -> None:
     path = tmp_path / "reference.md"
     path.write_text((DOCS / "reference.md").read_text().replace("`4`", "`5`", 1))
-    with pytest.raises(SystemExit, match=r"reference\.md is out of date; make it anew with: python docs/reference\.py"):
+    with pytest.raises(
+        SystemExit, match=r"reference\.md is out of date; make it again with: python docs/reference\.py"
+    ):
         reference.main(["--check"], path)
     reference.main([], path)
     assert path.read_text() == (DOCS / "reference.md").read_text()

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "basic": {"_target_": f"{PACKAGE}.Grid", "max_batch_size": None, "params": {}},
         "optuna": {
             "_target_": f"{PACKAGE}.Search",
-            "_recursive_": False,  # the sampler is made anew for each trial
+            "_recursive_": False,  # a new sampler is made for each trial
             "n_trials": 20,
             "n_jobs": None,
             "seed": 0,

@@ -73,7 +73,7 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)
 
 
-# What a key means stands once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.
+# What a key means is said once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.
 
 
 @dataclass

@@ -51,7 +51,7 @@ def cifar10(root: str, download: bool = True, mirrors: Sequence[str] = ()) -> Da
         splits = [CIFAR10(root, train=train) for train in (True, False)]
     except RuntimeError as error:
         raise DataError(
-            f"{folder / CIFAR10.base_folder}: {error}. Delete this folder and run again to unpack it anew."
+            f"{folder / CIFAR10.base_folder}: {error}. Delete this folder and run again to unpack it again."
         ) from error
     train, test = (
         Split(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
@@ -111,12 +111,12 @@ def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: 
             raise DataError(
                 f"{folder}: {image_file.name} has shape {list(images.shape)} and "
                 f"{label_file.name} {list(labels.shape)}; expected [N, height, width] and [N]. "
-                "Delete both and run again to download them anew."
+                "Delete both and run again to download them."
             )
         if int(labels.max()) >= len(classes):
             raise DataError(
                 f"{folder / label_file.name}: label {int(labels.max())} is out of range 0 to {len(classes) - 1}. "
-                "Delete the file and run again to download it anew."
+                "Delete the file and run again to download it."
             )
         splits.append(Split(images[:, None], labels.long()))
     return Dataset(splits[0], splits[1], classes, description=name)

@@ -52,7 +52,7 @@ class _MirrorFailed(Exception):
 
 
 def fetch(files: Sequence[Remote], folder: Path, mirrors: Sequence[str], *, download: bool, hint: str) -> None:
-    """Make sure that every file stands in `folder`, packed (.gz) or unpacked, downloading what is missing.
+    """Make sure that every file is in `folder`, packed (.gz) or unpacked, downloading what is missing.
 
     A folder that has all files is not written to. Several processes may call this at once: one downloads.
     `hint` is a sentence with ways out for the user, put at the end of every error.
@@ -126,7 +126,7 @@ def read_idx(folder: Path, file: Remote) -> NDArray[np.uint8]:
 
 
 def _standing(folder: Path, file: Remote) -> Path:
-    """Return the path of the unpacked file if that stands, else of the file itself, standing or not."""
+    """Return the path of the unpacked file if it exists, else of the file itself, whether it exists or not."""
     unpacked = folder / file.name.removesuffix(".gz")
     return unpacked if unpacked.is_file() else folder / file.name
 
@@ -136,14 +136,12 @@ def _missing(files: Sequence[Remote], folder: Path) -> list[Remote]:
 
 
 def _corrupt(path: Path, expected: str, found: str) -> DataError:
-    return DataError(
-        f"{path} is corrupt: expected {expected}, found {found}. Delete it and run again to download it anew."
-    )
+    return DataError(f"{path} is corrupt: expected {expected}, found {found}. Delete it and run again to download it.")
 
 
 def _download(file: Remote, folder: Path, mirrors: Sequence[str], hint: str) -> None:
     """Put the file into `folder` from the first mirror that gives it; to be called with the lock held."""
-    # One fixed name, safe under the lock: what a killed process left is replaced, not gathered.
+    # One fixed name, safe under the lock: what a killed process left is replaced, and does not pile up.
     temporary = folder / f".{file.name}.part"
     reasons = []
     for mirror in mirrors:

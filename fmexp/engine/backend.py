@@ -16,7 +16,7 @@ from fmexp.errors import ConfigError
 
 MemoryFormat = torch.memory_format
 
-# The numbers of the rules; docs/performance.md has what they were measured by.
+# The numbers of the rules; benchmarks/README.md has the measurements behind them.
 SMALL_CONVOLUTION = 1_500_000  # multiplications up to which calling oneDNN costs more than it saves
 MANY_IMAGES = 16  # from so many on native kernels lose, and oneDNN gains by having the channels last
 OUTPUTS_A_WEIGHT = 0.3  # of the convolutions; with fewer a batch both lose, for they handle the weights worse
@@ -101,7 +101,7 @@ def choose(
     compiled: bool | str = False,
     steps: int = 0,
 ) -> Backend:
-    """The backend for batches of `batch_size` images like `images` [B, C, H, W], which stand on the device.
+    """The backend for batches of `batch_size` images like `images` [B, C, H, W], which are on the device.
 
     Where nothing speaks for another choice it is PyTorch's own: oneDNN, all threads, the plain order in memory.
 

@@ -1,4 +1,4 @@
-"""The training step compiled by torch.compile: loss and gradients are one function (docs/performance.md)."""
+"""The training step compiled by torch.compile: loss and gradients are one function (benchmarks/README.md)."""
 
 import logging
 import warnings

@@ -165,8 +165,8 @@ class _State:
     Attributes:
         tensors: all that is on the device: parameters, buffers, other attributes of modules, the optimizer's state. A
             step, and so a graph, may change what they hold.
-        fixed: everything else of the model and of the optimizer, and where these tensors are: what a graph takes as it
-            stood when it was captured.
+        fixed: everything else of the model and of the optimizer, and where these tensors are: what a graph keeps
+            as it was at the capture.
         hooked: whether the model has hooks, which are Python.
 
     Raises:

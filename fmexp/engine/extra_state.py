@@ -49,9 +49,10 @@ class ExtraState:
             if lost := sorted({*parts} - self.kept | {*changed}):
                 more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
                 log.warning(
-                    "a resumed run begins anew with what these hold now: %s. Checkpoints keep parameters, buffers, and "
-                    "what a state_dict gives: tensors, numbers, strings, lists and dicts.", ", ".join(lost[:5]) + more
-                )  # fmt: skip
+                    "a resumed run begins with what these hold at its start: %s. Checkpoints keep parameters, buffers, "
+                    "and what a state_dict gives: tensors, numbers, strings, lists and dicts.",
+                    ", ".join(lost[:5]) + more,
+                )
         return {path: parts[path].state_dict() for path in sorted(self.kept & parts.keys())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ class ExtraState:
         for path in state.keys() & parts.keys():
             parts[path].load_state_dict(state[path])
         if absent := sorted(parts.keys() - state.keys()):
-            log.warning("the checkpoint has no state of %s, which begins anew", ", ".join(absent))
+            log.warning("the checkpoint has no state of %s, which starts again", ", ".join(absent))
 
     def _held(self) -> Iterator[tuple[str, object, Any]]:
         """What the modules and the optimizer hold, also in lists, tuples and dicts: its path, its owner, itself."""

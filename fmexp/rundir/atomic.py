@@ -12,7 +12,7 @@ from typing import BinaryIO
 def atomic_open(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Open `path` for writing such that it changes at the end, at once, or (after an exception) not at all.
 
-    The content is on the disk, and so is its name, when the block has ended. What stood at `path` is kept as `keep`.
+    The content is on the disk, and so is its name, when the block has ended. The old file at `path` is kept as `keep`.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:

@@ -1,4 +1,4 @@
-"""Save and restore a run such that it goes on bit for bit, whatever happened and whenever.
+"""Save and restore a run such that it continues bit for bit, however and whenever it was stopped.
 
 A checkpoint is a file of torch.save with its SHA-256 in the archive's comment. The last two are kept:
 checkpoint.pt and checkpoint.previous.pt. One that cannot be read is set aside as checkpoint.damaged.pt.
@@ -23,7 +23,7 @@ _DIGITS = 64
 
 
 class CheckpointError(FmexpError):
-    """Checkpoints that stand there and cannot be read, or a state that cannot be made one."""
+    """Checkpoints that exist and cannot be read, or a state that no checkpoint can hold."""
 
 
 def save(folder: Path, state: dict[str, Any], *, read_back: bool = False) -> None:

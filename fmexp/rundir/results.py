@@ -34,7 +34,7 @@ class Result:
         seconds: of training, with evaluation and stages, over all processes that worked on the run.
         failures: stage name -> what went wrong.
         error: why the run failed, or "".
-        content: all of result.json, as it stands there.
+        content: all of result.json, as it is there.
     """
 
     folder: Path

@@ -15,7 +15,7 @@ COLUMNS = 4
 def predictions(run: Run, *, tag: str, images: int) -> None:
     """Draw images with the predicted class, its probability and the label, green where they agree and red where not.
 
-    They stand in rows of four, light and dark as image_grid shows them.
+    The images are in rows of four, light and dark as image_grid shows them.
     """
     pixels, labels = (part[:images] for part in run.batch)
     with torch.no_grad():

@@ -77,7 +77,7 @@ class Composer:
 
 
 def run(job: Job, *, console: bool = False) -> None:
-    """Execute a member in this process; what came of it stands in its folder.
+    """Execute a member in this process; its result is in its folder.
 
     Where another process is running in that folder, such as one of a sweep whose parent was killed, wait for it: then
     there is its result to take, or its checkpoint to go on from.

@@ -45,7 +45,7 @@ def read(root: str | Path) -> list[Member]:
 
 
 def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
-    """Execute a sweep in a process of its own, or go on with the one in `root`, and return its members.
+    """Execute a sweep in a process of its own, or continue the one in `root`, and return its members.
 
     Args:
         overrides: as on the command line after --multirun, such as ["optimizer.lr=0.1,0.01", "hydra/launcher=joblib"].

@@ -1,6 +1,6 @@
 """A search: Optuna chooses a sweep's members, each by what came of those before it.
 
-What was chosen stands in optuna.db in the sweep's folder, and what came of it in the members' folders. So the same
+The choices are in optuna.db in the sweep's folder, their results in the members' folders. So the same
 command goes on with a search that was stopped, up to n_trials in all, and finished trials are not executed again.
 """
 

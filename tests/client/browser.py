@@ -40,7 +40,7 @@ def pages(size: ViewportSize = SIZE) -> Iterator[Page]:
 
 def open_tab(page: Page, url: str, tab: str, *, runs: str = "", tags: str = "") -> None:
     """Open a tab of a TensorBoard, with the runs and tags that match these regular expressions; "": all."""
-    page.goto("about:blank")  # a change of what stands after # alone would load nothing anew
+    page.goto("about:blank")  # a change after # alone would not load the page again
     page.goto(f"{url}/?{urlencode({'runFilter': runs, 'tagFilter': tags})}#{tab}")
 
 

@@ -133,7 +133,7 @@ def keep(run: Run) -> None:
     kept.append((images, labels, (images.clone(), labels.clone())))
 
 
-# Captured anew
+# Captured again
 
 
 def halve(run: Run) -> None:
@@ -154,7 +154,7 @@ def replace(run: Run) -> None:
 
 
 @pytest.mark.parametrize("change", ["halve", "freeze", "forget", "replace", "loosen"])
-def test_what_a_stage_changes_is_captured_anew(both: Callable[..., CpuGraph], tmp_path: Path, change: str) -> None:
+def test_what_a_stage_changes_is_captured_again(both: Callable[..., CpuGraph], tmp_path: Path, change: str) -> None:
     stage = f"+stage.change={{_target_:test_cuda_graph.{change},when:log}}"
     recorder = both(*LIGHT, *MLP, stage, "train.log_every=16", "train.epochs=2")
     assert recorder.recorded == 2
@@ -162,7 +162,7 @@ def test_what_a_stage_changes_is_captured_anew(both: Callable[..., CpuGraph], tm
 
 
 class Cached(Normed):
-    """Keeps a tensor that is not a buffer, and makes it anew for another size of batch."""
+    """Keeps a tensor that is not a buffer, and makes it again for another size of batch."""
 
     cache = None
 
@@ -172,7 +172,7 @@ class Cached(Normed):
         return super().forward(x * self.cache)
 
 
-def test_a_tensor_that_another_batch_size_replaces_is_captured_anew(both: Callable[..., CpuGraph]) -> None:
+def test_a_tensor_that_another_batch_size_replaces_is_captured_again(both: Callable[..., CpuGraph]) -> None:
     recorder = both(*LIGHT, "model._target_=test_cuda_graph.Cached", "dataset.train_size=66", "train.epochs=3")
     assert recorder.recorded == 3  # the evaluation after each epoch has another one
 
@@ -538,7 +538,7 @@ def test_on_cuda_a_captured_run_resumes_to_the_bit(tmp_path: Path) -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("model", ["Reads", "Counts", "Cached", "Averages"])
-def test_on_cuda_what_is_captured_anew_or_refused_is_the_plain_run_too(tmp_path: Path, model: str) -> None:
+def test_on_cuda_what_is_captured_again_or_refused_is_the_plain_run_too(tmp_path: Path, model: str) -> None:
     settings = (*LIGHT, "device=cuda", f"model._target_=test_cuda_graph.{model}", "train.epochs=2")
     for name, value in (("plain", "false"), ("graph", "auto")):
         execute(small(*settings, "dataset.train_size=66", f"train.compile={value}"), tmp_path / name)

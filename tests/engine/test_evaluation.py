@@ -175,7 +175,7 @@ def test_one_pass_serves_the_epoch_and_all_stages_at_the_end(enabled: tuple[str,
     assert sum(size for size in Counting.looked_at if size <= 4) <= 8  # the look at the model's shapes
 
 
-def test_the_evaluation_is_made_anew_after_more_training(tmp_path: Path) -> None:
+def test_the_evaluation_is_made_again_after_more_training(tmp_path: Path) -> None:
     others = [f"stage.{name}.enabled=false" for name in ("image_grid", "projector", "predictions", "confusion_matrix")]
     execute(small("stage.pr_curves.when=log", "optimizer.lr=0.1", *others), tmp_path)
     events = read_events(tmp_path)

@@ -76,7 +76,7 @@ def test_looking_at_the_size_of_the_images_draws_nothing() -> None:
 
 @pytest.mark.slow
 def test_compiled(driver: Driver, tmp_path: Path) -> None:
-    """A compiled step, with a last batch of another size, which it may be compiled for anew."""
+    """A compiled step, with a last batch of another size, which it may be compiled for again."""
     args, folder = (*NO_STAGES, *MODELS["mlp"], "train.compile=true", "dataset.train_size=66"), tmp_path / "run"
     for steps in (5, 16):
         plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
