@@ -239,7 +239,7 @@ def test_command(command: Command, here: Path) -> None:
     words = placed(command.words)
     if any("optuna" in word for word in words):
         words.append(f"hydra.sweeper.n_trials={MEMBERS['optuna']}")
-    if OWN in words:
+    if OWN in words or {"dataset=image_folder", "dataset=arrays"} & set(words):
         (page,) = (page for page in PAGES if page.name == command.page)
         write_own(page, here)
     added = [NOT_HERE[word][0] for word in words if word in NOT_HERE]

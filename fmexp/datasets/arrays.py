@@ -35,6 +35,8 @@ def arrays(
         DataError: what cannot be read, or is no images and labels; the message names the file and the array.
     """
     path = Path(root).absolute()
+    if not path.exists():
+        raise DataError(f"{path} is not there. dataset.root=<path> names the .npz, or the folder of the .npy files.")
     if (found := _split(path, TRAIN)) is None:
         raise DataError(
             f"{path} has none of {', '.join(images for images, _ in TRAIN)}: the training images are missing."
