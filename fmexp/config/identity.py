@@ -34,7 +34,10 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def identity(tree: dict[str, Any]) -> dict[str, Any]:
     """The flat keys of a resolved configuration that decide what a run computes and writes."""
-    return {key: value for key, value in sorted(flat(tree).items()) if key not in NOT_IN_DIGEST}
+    items = flat(tree)
+    # Files that have mirrors have checksums, and are the same wherever they are; a folder of one's own is the data.
+    own = {"dataset.root"} if "dataset.mirrors" not in items else set()
+    return {key: value for key, value in sorted(items.items()) if key not in NOT_IN_DIGEST or key in own}
 
 
 def digest(tree: dict[str, Any]) -> str:

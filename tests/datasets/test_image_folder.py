@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from fmexp import compose, datasets, execute
+from fmexp import compose, config, datasets, execute
 from fmexp.datasets import Dataset, Split, image_folder
 from fmexp.errors import ConfigError, DataError
 
@@ -295,6 +295,20 @@ def test_a_run_on_pictures_has_the_bits_of_the_run_on_their_arrays(
         own = ("dataset=image_folder", f"dataset.root={tmp_path}/pictures", f"dataset.cache_dir={tmp_path}/cache")
         assert run(name, *own, "dataset.channels=1", *words) == expected
         assert_same_weights(tmp_path / name, tmp_path / "arrays")
+
+
+@pytest.mark.parametrize("option", ["image_folder", "arrays"])
+def test_another_path_is_another_run_and_another_cache_is_not(option: str) -> None:
+    def tree(*words: str) -> dict[str, Any]:
+        return config.resolved(compose([f"dataset={option}", *words]))
+
+    first, other = tree("dataset.root=one"), tree("dataset.root=two")
+    assert config.difference(first, other) == ["dataset.root: one, now two"]
+    assert config.digest(first) != config.digest(other)
+    if option == "image_folder":
+        assert config.digest(tree("dataset.root=one", "dataset.cache=disk", "dataset.cache_dir=c")) == config.digest(
+            first
+        )
 
 
 # Which pictures there are

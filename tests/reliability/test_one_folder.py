@@ -128,6 +128,9 @@ FREE = {
     "dataset.root": None,
     "dataset.download": None,
     "dataset.mirrors": None,
+    # Where decoded pictures are kept: tests/datasets/test_image_folder.py.
+    "dataset.cache": None,
+    "dataset.cache_dir": None,
     # Of the sweep, not of its members.
     "sweep.fail_fast": "true",
     "sweep.dry_run": None,
