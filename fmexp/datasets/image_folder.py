@@ -316,11 +316,11 @@ def _on_disk(pictures: Pictures, shape: tuple[int, ...], folder: Path, settings:
             listing.update(b"%b\0%d\0%d\0" % (name, about.st_size, about.st_mtime_ns))
     kind = hashlib.sha256(os.fsencode(how)).hexdigest()[:16]
     file = folder / f"{kind}-{listing.hexdigest()[:32]}.npy"
-    if (images := _mapped(file, shape)) is not None:
+    if (images := _mapped(file)) is not None:
         return images
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        if (images := _mapped(file, shape)) is not None:  # another process has made it meanwhile
+        if (images := _mapped(file)) is not None:  # another process has made it meanwhile
             return images
         atomic.remove_leftovers(folder)
         for old in folder.glob(f"{kind}-*.npy"):
@@ -331,17 +331,17 @@ def _on_disk(pictures: Pictures, shape: tuple[int, ...], folder: Path, settings:
             np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for pixels in pictures.each(pictures.pixels, f"decoding to {folder}"):
                 out.write(pixels.data)
-        images = _mapped(file, shape)
+        images = _mapped(file)
     assert images is not None
     return images
 
 
-def _mapped(file: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The array of a file, read when it is looked at; None where there is none of this shape."""
+def _mapped(file: Path) -> Tensor | None:
+    """The array of a file, read when it is looked at; None where there is none, or it is cut."""
     try:
         array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing may be written to it, which nothing does
-        return torch.from_numpy(array) if array.shape == shape else None
+        return torch.from_numpy(array)
