@@ -1,6 +1,7 @@
 """Building a run from a configuration, with a message for whatever cannot be built."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -34,10 +35,12 @@ def build(cfg: DictConfig) -> Run:
     _bound("logging", cfg.logging, cfg.logging, log_dir="", comment="", purge_step=None)
     try:
         dataset = datasets.load(cfg.dataset)
+        _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
+        datasets.check(dataset)
+    except FmexpError:
+        raise
     except Exception as error:
         raise _unbuildable("dataset", cfg.dataset, error) from error
-    _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
-    datasets.check(dataset)
     shape, classes = dataset.input_shape, len(dataset.classes)
     given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
     rng.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
@@ -53,6 +56,7 @@ def build(cfg: DictConfig) -> Run:
     with eval_mode(model, cfg.seed):
         _check_model(cfg.model, model, images[:2], classes, given)
         steps = total_steps(cfg, dataset)
+        _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
         few, keys, compiled = images[:2], cfg.backend, cfg.train.compile
         how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
@@ -123,6 +127,24 @@ def _check_model(node: DictConfig, model: nn.Module, images: Tensor, classes: in
             f"model._target_={node._target_} returns {shape} for {len(images)} images where logits "
             f"({len(images)}, {classes}) are needed: {given}."
         )
+
+
+def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: int, steps: int) -> None:
+    """Raise ConfigError where a batch of one image is left, and the model cannot be trained on one (BatchNorm)."""
+    size = cfg.train.batch_size
+    if size != 1 and (count % size != 1 or steps * size < count):
+        return
+    model.train()
+    try:
+        with torch.no_grad():
+            model(image)
+    except ValueError as error:
+        other = next(one for one in itertools.count(size + 1) if count % one != 1)
+        raise ConfigError(
+            f"train.batch_size={size} leaves one of {count:,} images as the last batch of an epoch, and "
+            f"model._target_={cfg.model._target_} cannot be trained on one: {error}. "
+            f"Take another size, such as train.batch_size={other}."
+        ) from error
 
 
 def target(node: DictConfig) -> str:

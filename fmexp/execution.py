@@ -69,9 +69,13 @@ def execute(
                     f"The disk is full: {output_dir} ({full}). What the last checkpoint holds is safe; make space, "
                     f"then go on with\n  {resume_command or 'the same call'}"
                 ) from error
-            log.exception("the run failed at step %d", run.step)
+            known = error if isinstance(error, FmexpError) else datasets.killed_worker(error)
+            said = str(known or f"{type(error).__name__}: {error}")
+            log.error("the run failed at step %d: %s", run.step, said, exc_info=None if known else error)
             with suppress(OSError):
-                _write_result(run, output_dir, tree, "failed", error=f"{type(error).__name__}: {error}")
+                _write_result(run, output_dir, tree, "failed", error=said)
+            if known and known is not error:
+                raise known from error
             raise
 
 

@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,24 +23,33 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 ECHO_S = 0.5
 
 
-LAST_S = 600  # how long a data-loading process lives on after a SIGTERM
+def in_loading_process(worker: int) -> None:
+    """Let a data-loading process outlive a signal that goes to all processes, so that its parent can finish a batch.
 
-
-def ignore_signals(worker: int) -> None:
-    """Let a data-loading process outlive a signal that goes to all processes, so that its parent can finish a batch."""
-    for name in SIGNALS:
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # torch's way to end one that hangs is SIGTERM
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LAST_S))
-
+    It ends when the parent tells it to, kills it, or is gone.
+    """
+    end_with_parent(lambda: os._exit(1))
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
 
 
+def end_with_parent(end: Callable[[], None]) -> None:
+    """Call `end`, in a thread, once the process that has started this one is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Let signals wait within the block, and in processes that are started there until they `ignore_signals`."""
+    """Let signals wait within the block, and in processes that are started there until `in_loading_process`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import math
+import operator
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from fmexp import rng
 from fmexp.config.hydra_versions import instantiate
-from fmexp.errors import ConfigError
+from fmexp.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Dataset:
     std: tuple[float, ...] = (0.5,)
     description: str = ""
 
-    @property
+    @cached_property
     def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+        """(channels, height, width) of the first training image."""
         if isinstance(self.train, Split):
             image = self.train.images[0]
         else:
@@ -90,8 +94,28 @@ class Dataset:
         if isinstance(split, Split):
             indices = indices.to(split.labels.device)
             return self.normalise(split.images.index_select(0, indices)), split.labels.index_select(0, indices)
-        pairs = [split[index] for index in indices.tolist()]
-        return torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
+        return stack([self.sample_at(split, index) for index in indices.tolist()])
+
+    def sample_at(self, split: MapStyle, index: int) -> tuple[Tensor, int]:
+        """The image float32 [C, H, W] and the label at `index` of a map-style split.
+
+        Raises:
+            DataError: it cannot be read, or nothing can be trained on it.
+        """
+        name = "training" if split is self.train else "test"
+        try:
+            sample = split[index]
+        except OSError as error:
+            raise DataError(f"dataset: {name} image {index} cannot be read: {error}") from error
+        if problem := _wrong_sample(sample, len(self.classes)):
+            raise DataError(f"dataset: {name} image {index}: {problem}")
+        image, label = sample
+        if tuple(image.shape) != self.input_shape:
+            raise DataError(
+                f"dataset: {name} image {index} has shape {list(image.shape)}, the first training image "
+                f"{list(self.input_shape)}. All need the same: resize or crop them."
+            )
+        return image, int(label)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -128,13 +152,9 @@ def load(cfg: DictConfig) -> Dataset:
 _latest: dict[str, Dataset] = {}
 
 
-def check(dataset: Dataset) -> None:
-    """Raise ConfigError for a dataset that cannot be trained on."""
-    for name in ("train", "test"):
-        if length(getattr(dataset, name)) == 0:
-            raise ConfigError(f"dataset: the {name} split is empty.")
-    if len(dataset.classes) < 2:
-        raise ConfigError(f"dataset: {len(dataset.classes)} class is too few; a classifier needs two.")
+def stack(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """One batch, float32 [B, C, H, W] and int64 [B], of what `Dataset.sample_at` gives."""
+    return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
 def hold_out(names: Sequence[str], labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -149,3 +169,97 @@ def hold_out(names: Sequence[str], labels: Sequence[int], share: float, seed: in
         groups.setdefault(labels[index], []).append(index)
     held = {i for group in groups.values() for i in group[: min(len(group) - 1, max(1, round(share * len(group))))]}
     return [i for i in drawn if i not in held], sorted(held)
+
+
+def check(dataset: Dataset) -> None:
+    """Raise ConfigError or DataError for a dataset that cannot be trained on.
+
+    All of a split in memory is looked at, and the first image of a map-style one; the others are when they are loaded.
+    """
+    classes = dataset.classes
+    if problem := _wrong_classes(classes):
+        raise ConfigError(f"dataset: {problem}")
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        if problem := _wrong_split(split, len(classes)):
+            raise ConfigError(f"dataset: the {name} split {problem}")
+        if not isinstance(split, Split):
+            with rng.fork(0):
+                dataset.sample_at(split, 0)
+        elif tuple(split.images.shape[1:]) != dataset.input_shape:
+            raise ConfigError(
+                f"dataset: the {name} split's images have shape {list(split.images.shape[1:])}, those of the train "
+                f"split {list(dataset.input_shape)}. All need the same."
+            )
+    for name, values in (("mean", dataset.mean), ("std", dataset.std)):
+        if problem := _wrong_normalisation(values, dataset.input_shape[0], positive=name == "std"):
+            raise ConfigError(f"dataset: {name}={values} {problem}")
+
+
+def _wrong_classes(classes: Any) -> str | None:
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        return f"classes is {_kind(classes)} where a list of names is needed."
+    if len(classes) < 2:
+        return f"{len(classes)} class is too few; a classifier needs two."
+    for name in classes:
+        if not isinstance(name, str):
+            return f"classes has {name!r}, {_kind(name)}, where each is a name, a str."
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        return f"classes has {twice[0]!r} more than once; each class needs a name of its own."
+    return None
+
+
+def _wrong_split(split: Any, classes: int) -> str | None:
+    if not isinstance(split, Split):
+        if not hasattr(split, "__getitem__") or not hasattr(split, "__len__"):
+            return f"is {_kind(split)} where a Split, or a map-style dataset with __getitem__ and __len__, is needed."
+        return None if len(split) else "is empty."
+    images, labels = split.images, split.labels
+    for name, given, dtype, shape in (
+        ("images", images, torch.uint8, "[N, C, H, W]"),
+        ("labels", labels, torch.int64, "[N]"),
+    ):
+        if not isinstance(given, Tensor) or given.dtype != dtype or given.ndim != shape.count(",") + 1:
+            hint = " A map-style dataset may give images that are normalised already." if name == "images" else ""
+            return f"has {name} that are {_kind(given)} where a tensor {dtype} {shape} is needed.{hint}"
+    if len(images) != len(labels):
+        return f"has {len(images)} images and {len(labels)} labels; each image needs one."
+    if not len(labels):
+        return "is empty."
+    if 0 in images.shape:
+        return f"has images of shape {list(images.shape[1:])}, without a pixel."
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        return f"has label {least if least < 0 else most}; with {classes} classes they are 0 to {classes - 1}."
+    return None
+
+
+def _wrong_sample(sample: Any, classes: int) -> str | None:
+    """What is wrong with an item of a map-style split, but for its shape's being another than others'."""
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        return f"the item is {_kind(sample)} where (image, label) is needed."
+    image, label = sample
+    if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.ndim != 3 or not image.numel():
+        return f"it is {_kind(image)} where a tensor torch.float32 [C, H, W], normalised, is needed."
+    try:
+        number = operator.index(label)  # of Python's, NumPy's and torch's whole numbers
+    except TypeError:
+        return f"its label is {label!r}, {_kind(label)}, where a whole number is needed."
+    if not 0 <= number < classes:
+        return f"its label is {number}; with {classes} classes they are 0 to {classes - 1}."
+    return None
+
+
+def _wrong_normalisation(values: Any, channels: int, *, positive: bool) -> str | None:
+    if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
+        return "must be a tuple of numbers, one for each channel."
+    if len(values) not in (1, channels):
+        return f"has {len(values)} numbers; the images have {channels} channels: give 1 or {channels}."
+    if not all(map(math.isfinite, values)) or (positive and min(values) <= 0):
+        return f"must be finite{' and above 0' if positive else ''}."
+    return None
+
+
+def _kind(value: Any) -> str:
+    """A value's type, with dtype and shape where it has them."""
+    about = [str(getattr(value, name)) for name in ("dtype", "shape") if hasattr(value, name)]
+    return " ".join((f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins."), *about))

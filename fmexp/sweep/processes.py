@@ -5,7 +5,6 @@ import os
 import queue
 import signal
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,13 +93,7 @@ def _in_worker() -> None:
     process.pause_gc()
     _parent = os.getppid()
     os.setpgrp()
-
-    def watch() -> None:
-        while os.getppid() == _parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+    process.end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def _environment(slot: int, workers: int) -> dict[str, str]:

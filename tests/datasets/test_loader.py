@@ -1,19 +1,31 @@
 """The order of the training images and their batches, which depend on nothing hidden."""
 
+import io
+import json
+import multiprocessing
+import multiprocessing.util
+import os
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import which
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import program
 import pytest
 import torch
-from tools import assert_same_weights, small, weights
+from PIL import Image
+from tools import SMALL, assert_same_weights, small, weights
 from torch import Tensor, nn
 
 from fmexp import datasets, execute, models
-from fmexp.datasets import Dataset, Split
+from fmexp.datasets import Dataset, Split, loader
+from fmexp.errors import DataError
 
 CPU = torch.device("cpu")
 
@@ -154,6 +166,129 @@ def test_a_run_on_map_style_data_equals_the_run_in_memory(tmp_path: Path) -> Non
     for name in ("0", "2"):
         assert accuracy[name] == accuracy["memory"]
         assert_same_weights(tmp_path / name, tmp_path / "memory")
+
+
+# The processes that load it
+
+
+class Trouble(Noisy):
+    """Loads in a process of its own until something happens to image 12, or to the process."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        worker = torch.utils.data.get_worker_info()
+        if worker and index == 12:
+            if self.what == "broken":
+                Image.open(io.BytesIO(b"no picture"))
+            if self.what == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if worker and worker.id and self.what != "killed":
+            threading.Event().wait()  # the other process never gives anything
+        return super().__getitem__(index)
+
+
+def troubled(what: str) -> Dataset:
+    """The name is for YAML."""
+    return Dataset(Trouble(what), Noisy(), DIGITS)
+
+
+@pytest.mark.parametrize("what", ["broken", "killed", "left"])
+def test_loading_processes_end_whatever_they_do(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "GRACE_S", 0.1)
+    before, dataset = multiprocessing.active_children(), troubled(what)
+    batches = datasets.batches(dataset, dataset.train, torch.tensor([12, 1, 2, 3]), 2, device=CPU, num_workers=2)
+    if what == "left":
+        next(batches)
+        assert len(multiprocessing.active_children()) == len(before) + 2
+        batches.close()
+    else:
+        with pytest.raises((DataError, RuntimeError)) as caught:
+            list(batches)
+        said = str(datasets.killed_worker(caught.value) or caught.value)
+        named = {"broken": ["training image 12", "identify"], "killed": ["was killed", "memory", "train.num_workers=0"]}
+        assert all(words in said for words in named[what]), said
+        assert "Traceback" not in said
+    assert multiprocessing.active_children() == before
+
+
+@pytest.mark.parametrize("tight", ["shm", "TMPDIR"])
+def test_a_batch_that_cannot_be_handed_over_is_told(
+    tight: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(parts: Any) -> bytes:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    if tight == "shm":
+        monkeypatch.setattr(loader, "ForkingPickler", SimpleNamespace(dumps=full))
+    else:  # in which a socket is bound, whose path may have some 100 letters
+        monkeypatch.setattr(multiprocessing.util, "get_temp_dir", lambda: f"{tmp_path}/{'x' * 120}")
+    monkeypatch.setattr(loader, "SMALL", 0)
+    dataset = Dataset(Noisy(), Noisy(), DIGITS)
+    with pytest.raises(DataError, match=r"(?s)(No space|AF_UNIX).*/dev/shm.*TMPDIR.*train\.num_workers=0"):
+        list(datasets.batches(dataset, dataset.train, torch.arange(4), 2, device=CPU, num_workers=1))
+
+
+def test_large_batches_are_the_same_through_shared_memory(
+    noisy: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "SMALL", 0)
+    assert_equal_batches(noisy_batches(2), noisy)
+
+
+def test_a_killed_loading_process_ends_the_run_with_words(tmp_path: Path) -> None:
+    """In a process of its own, whose end once waited for those that load."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "own.yaml").write_text("_target_: test_loader.troubled\nwhat: killed\n")
+    own = (
+        "--config-dir",
+        str(tmp_path),
+        "dataset=own",
+        "device=cpu",
+        "logging=light",
+        "model=mlp",
+        "hydra.run.dir=run",
+    )
+    done = program.run(*own, cwd=tmp_path, env=program.environment(*IMPORTABLE))
+    assert done.status == 1
+    assert "was killed" in done.err
+    assert "train.num_workers=0" in done.err
+    assert "Traceback" not in done.out + done.err
+    assert "was killed" in json.loads((tmp_path / "run" / "result.json").read_text())["error"]
+
+
+IMPORTABLE = (program.INSTALLED, Path(__file__).parent, Path(program.__file__).parent)
+NEEDS_SLURM = pytest.mark.skipif(not which("sbatch"), reason="needs Slurm")
+KINDS = {
+    "memory": [],
+    "0": ["dataset._target_=test_loader.loaded", "train.num_workers=0"],
+    "2": ["dataset._target_=test_loader.loaded", "train.num_workers=2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kind"),
+    [
+        ("joblib", "2"),
+        *(pytest.param("joblib", kind, marks=pytest.mark.slow) for kind in ("memory", "0")),
+        *(pytest.param("basic", kind, marks=pytest.mark.slow) for kind in KINDS),
+        pytest.param(
+            "slurm", "2", marks=[pytest.mark.slow, pytest.mark.skipif(not which("sbatch"), reason="no Slurm")]
+        ),
+    ],
+)
+def test_every_launcher_with_every_kind_of_data(launcher: str, kind: str, tmp_path: Path) -> None:
+    fast = ("logging=light", "train.epochs=2", "model=mlp", "model.hidden=[8]")
+    at_once = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    done = program.run(
+        "-m", *SMALL, *fast, *KINDS[kind], f"hydra/launcher={launcher}", *at_once, "seed=1,2", "hydra.sweep.dir=sweep",
+        cwd=tmp_path, env=program.environment(*IMPORTABLE),
+    )  # fmt: skip
+    assert done.status == 0, done.out + done.err
+    for seed in (1, 2):
+        execute(small(*fast, f"seed={seed}"), tmp_path / str(seed))
+        assert_same_weights(next((tmp_path / "sweep").glob(f"*seed-{seed}")), tmp_path / str(seed))
 
 
 LIGHT = ("logging=light", "stage.per_class_accuracy.enabled=false")
