@@ -63,11 +63,7 @@ def image_folder(
         ConfigError: arguments that do not go together.
         DataError: folders that are no dataset; pictures that cannot be read, all of them in one message.
     """
-    if resize is not None and (image_size is None or not crop or resize < image_size):
-        raise ConfigError(
-            f"dataset.resize={resize} is the shortest side before the middle is cut out: it needs dataset.crop=true "
-            f"and a dataset.image_size that is no larger, which is {image_size}."
-        )
+    _check_arguments(image_size, resize, crop, channels, mean=mean, std=std)
     folder = Path(root).absolute()
     train, test, classes, origin = _splits(folder, test_share, split_seed)
     files, labels = zip(*train, *test, strict=True)
@@ -85,6 +81,19 @@ def image_folder(
     about = f"pictures in {folder}; the test split is {origin}"
     first, rest = slice(len(train)), slice(len(train), None)
     return Dataset(split(first), split(rest), classes, tuple(mean), tuple(std), about)
+
+
+def _check_arguments(
+    image_size: int | None, resize: int | None, crop: bool, channels: int, **normalisation: Sequence[float]
+) -> None:
+    if resize is not None and (image_size is None or not crop or resize < image_size):
+        raise ConfigError(
+            f"dataset.resize={resize} is the shortest side before the middle is cut out: it needs dataset.crop=true "
+            f"and a dataset.image_size that is no larger, which is {image_size}."
+        )
+    for name, values in normalisation.items():  # here, for a picture that is not kept is normalised at once
+        if len(values) not in (1, channels):
+            raise ConfigError(f"dataset.{name}={list(values)} has {len(values)} numbers: give 1 or {channels}.")
 
 
 @dataclass(frozen=True, eq=False)
