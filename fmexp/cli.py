@@ -107,7 +107,7 @@ def main() -> None:
     """The program."""
     if "--version" in sys.argv[1:]:  # Hydra would say its own alone
         print(f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})")
-        return
+        return process.require_output()
     plugins.register()
     Door.entered, Door.new_folders = False, []
     with messages.instead_of_tracebacks():
@@ -116,6 +116,8 @@ def main() -> None:
         except RefusedError as refused:
             raise refused.error from refused.error.__cause__
         finally:
+            if not Door.entered:  # --help, --cfg and so on
+                process.require_output()
             with suppress(OSError):  # the first that holds something ends it
                 for path in Door.new_folders:
                     path.rmdir()

@@ -33,9 +33,6 @@ def instead_of_tracebacks() -> Iterator[None]:
         if left.code == 2:  # argparse has said which word it does not know
             print("Flags such as --multirun come first. Settings follow, as key=value without dashes.", file=sys.stderr)
         raise
-    except BrokenPipeError:  # who read what we print, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         sys.stdout.flush()
         hint = f"\n\nSet the environment variable {FULL}=1 for the traceback." if isinstance(error, CodeError) else ""
