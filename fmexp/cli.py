@@ -1,41 +1,79 @@
 """The entry point: Hydra composes and checks the configuration; only then is torch imported and the run executed."""
 
-import logging
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 import fmexp
-from fmexp import config, messages, process
-from fmexp.config import conf_dir
-from fmexp.config.hydra_versions import VERSION_BASE
+from fmexp import messages, process
+from fmexp.config import check, conf_dir, output_folder, without_hydra
+from fmexp.config.hydra_versions import MAIN
 from fmexp.config.overrides import resume_command
-from fmexp.errors import FmexpError
+from fmexp.errors import ConfigError, FmexpError
 from fmexp.process import block_signals
 from fmexp.rundir import layout
 from fmexp.sweep import plugins
 
-log = logging.getLogger(__name__)
-
 DIVERGED = 3  # the exit status of a single run that diverged; an error is 1, a wrong flag 2, a signal 128 + its number
 
 
-@hydra.main(**VERSION_BASE, config_path=str(conf_dir()), config_name="config")
+class RefusedError(BaseException):
+    """Carries an error out of a callback, where Hydra makes a warning of any Exception."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class Door(Callback):
+    """Refuses what cannot be run before Hydra makes a folder for it, and notes which folders it will make.
+
+    Hydra makes one of these itself, for conf/config.yaml names it; so what it notes is the class's.
+    """
+
+    entered = False
+    new_folders: ClassVar[list[Path]] = []  # the run's, and those parents that are not there either
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with _refusing():
+            folder = output_folder(config, "hydra.run.dir")
+            with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
+                config.hydra.runtime.output_dir = str(folder)  # as Hydra does next
+            HydraConfig.instance().set_config(config)
+            check(without_hydra(config))
+            if config.sweep.dry_run:
+                raise ConfigError("sweep.dry_run=true lists the members of a sweep: write --multirun before the keys.")
+            Door.new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with _refusing():
+            output_folder(config, "hydra.sweep.dir")
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    Door.entered = True
+    try:
+        yield
+    except Exception as error:
+        raise RefusedError(error) from error
+
+
+@hydra.main(**MAIN, config_path=str(conf_dir()), config_name="config")
 def run(cfg: DictConfig) -> float:
     """Execute a composed run. Hydra calls this for a single run; a sweep's members are `fmexp.sweep`'s."""
     hydra_cfg = HydraConfig.get()
     output_dir = Path(hydra_cfg.runtime.output_dir)
-    files: dict[str, DictConfig | ListConfig] = {
-        "hydra.yaml": OmegaConf.create({"hydra": hydra_cfg}),
-        "overrides.yaml": OmegaConf.create(list(hydra_cfg.overrides.task)),
-    }
+    words = OmegaConf.to_container(hydra_cfg.overrides.task)  # with what they interpolate as it was typed
+    files = {"hydra.yaml": OmegaConf.create({"hydra": hydra_cfg}), "overrides.yaml": OmegaConf.create(words)}
     try:
-        config.check(cfg)  # execute does so too, but after some seconds of importing torch
         with block_signals():  # a signal's exception in the midst of torch's import aborts the process
             from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
@@ -43,15 +81,14 @@ def run(cfg: DictConfig) -> float:
         with beside_the_bar():
             command = resume_command("hydra.run.dir", output_dir)
             objective = execute(cfg, output_dir, hydra_files=files, resume_command=command)
-    except layout.LockedError:
+    except FmexpError:
         raise
     except Exception as error:
-        remove_empty(output_dir)
-        if not isinstance(error, FmexpError) and (output_dir / "fmexp.log").is_file():
-            raise FmexpError(  # the log and the console have the traceback
-                f"{output_dir}: the run failed, {type(error).__name__}: {error} (fmexp.log has all)"
-            ) from error
-        raise
+        if not (output_dir / "fmexp.log").is_file():
+            raise
+        raise FmexpError(  # the log and the console have the traceback
+            f"{output_dir}: the run failed, {type(error).__name__}: {error} (fmexp.log has all)"
+        ) from error
     if (layout.read_result(output_dir) or {}).get("status") == "diverged":
         sys.exit(DIVERGED)
     return objective
@@ -70,15 +107,17 @@ def main() -> None:
     """The program."""
     if "--version" in sys.argv[1:]:  # Hydra would say its own alone
         print(f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})")
-        return
+        return process.require_output()
     plugins.register()
+    Door.entered, Door.new_folders = False, []
     with messages.instead_of_tracebacks():
-        run()
-
-
-def remove_empty(output_dir: Path) -> None:
-    """Remove the folder that Hydra made, and its parents below the current one, as far as there is nothing in them."""
-    parents = [parent for parent in output_dir.parents if Path.cwd() in parent.parents]
-    with suppress(OSError):
-        for path in (output_dir, *parents):
-            path.rmdir()
+        try:
+            run()
+        except RefusedError as refused:
+            raise refused.error from refused.error.__cause__
+        finally:
+            if not Door.entered:  # --help, --cfg and so on
+                process.require_output()
+            with suppress(OSError):  # the first that holds something ends it
+                for path in Door.new_folders:
+                    path.rmdir()

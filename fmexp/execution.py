@@ -243,7 +243,7 @@ def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str,
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Append all log lines to a file, with the time; the file is made by its first line."""
-    handler = _LogFile(path, delay=True)
+    handler = _LogFile(path, delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("fmexp")
     level = ours.level

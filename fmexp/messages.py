@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fmexp import config
-from fmexp.errors import CodeError, FmexpError
+from fmexp.errors import CodeError, FmexpError, first_line
 
 FULL = "HYDRA_FULL_ERROR"
 
@@ -33,9 +33,6 @@ def instead_of_tracebacks() -> Iterator[None]:
         if left.code == 2:  # argparse has said which word it does not know
             print("Flags such as --multirun come first. Settings follow, as key=value without dashes.", file=sys.stderr)
         raise
-    except BrokenPipeError:  # who read what we print, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         sys.stdout.flush()
         hint = f"\n\nSet the environment variable {FULL}=1 for the traceback." if isinstance(error, CodeError) else ""
@@ -60,8 +57,10 @@ def message(error: Exception) -> str:
         if part in config.closed() or (part.startswith("stage.") and name == "on"):
             hint = ""  # Hydra's "To append to your config use +" is no way to a key that is not in the schema
         return "\n".join(filter(None, (where, of_config(cause), hint)))
-    if isinstance(error, CompactHydraException) or _is_of_hydra(error):
+    if isinstance(error, CompactHydraException):
         return str(error)
+    if isinstance(error, OmegaConfBaseException):
+        return of_config(error)
     if isinstance(error, YAMLError):
         return f"This is not YAML: {error}"
     if isinstance(error, OSError) and error.filename:
@@ -69,6 +68,11 @@ def message(error: Exception) -> str:
             f"{Path(str(error.filename)).absolute()}: {error.strerror}. If the run was to be written there, "
             "name another folder with hydra.run.dir=<folder>, or hydra.sweep.dir=<folder> for a sweep."
         )
+    if _is_of_hydra(error) and isinstance(error, ValueError):
+        return str(error)
+    if _is_of_hydra(error):
+        words = " ".join(word for word in sys.argv[1:] if "=" in word or word[:1] == "~")
+        return f"Hydra cannot compose {words or 'this'}: {type(error).__name__}, {first_line(error)}"
     return "".join(traceback.format_exception(error)).strip()
 
 
@@ -104,9 +108,10 @@ def of_word(error: OverrideParseException) -> str:
 
 
 def _is_of_hydra(error: Exception) -> bool:
-    """Whether Hydra refuses a command line with an error of Python's, as it does for flags that exclude each other."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, ValueError) and bool(frames) and "hydra" in Path(frames[-1].filename).parts
+    """Whether Hydra stumbled, over what was typed or stands in YAML, before any code of fmexp was reached."""
+    ours, door = Path(__file__).parent, ("__main__.py", "cli.py", "messages.py")
+    passed = (Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
+    return not any(ours in path.parents and path.name not in door for path in passed)
 
 
 def _meant(names: list[str]) -> str:

@@ -1,13 +1,15 @@
-"""This process: its signals, its garbage collection, its cores.
+"""This process: its signals, its console, its garbage collection, its cores.
 
 Stopping is in good order: a signal is noted, the run finishes its batch and saves, and only then the process ends.
 """
 
 import atexit
 import gc
+import io
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +111,41 @@ class Stop:
         for number, handler in self._before.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+class _Stream(io.FileIO):
+    """A standard stream that drops what cannot be written, and keeps the first error."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            return len(data)
+
+
+def open_console() -> None:
+    """Let no print and no log line fail, whether nobody reads (`| head`), the disk is full, or a stream was closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: a file of the run's would get the number, and what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        before, raw = getattr(sys, name), _Stream(number, "w", closefd=False)
+        encoding, at_once = getattr(before, "encoding", None), number == 2 or raw.isatty()
+        stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=at_once)
+        setattr(sys, name, stream)
+
+
+def require_output() -> None:
+    """End the program with status 1 where something of what it printed was lost: for a program that does no more."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if error := getattr(raw, "error", None):
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"The output cannot be written: {error.strerror}.")
 
 
 def pause_gc() -> None:

@@ -8,6 +8,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,12 +176,43 @@ def test_same_program_from_checkout_from_elsewhere_and_as_a_script(tmp_path: Pat
     assert from_checkout == elsewhere == script == Finished(0, from_checkout.out, "")
 
 
-def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path: Path) -> None:
-    with start("--help", cwd=tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert "Traceback" not in process.stderr.read()
+def redirected(words: Sequence[str], to: str, cwd: Path, module: str = "fmexp") -> Finished:
+    """Run the program from a shell that redirects what it prints."""
+    command = f"set -o pipefail; {shlex.join([sys.executable, '-m', module, *words])} {to}"
+    return run(cwd=cwd, command=("bash", "-c", command))
+
+
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+NO_SPACE = "The output cannot be written: No space left on device.\n"
+
+
+@FULL
+@pytest.mark.parametrize("word", ["--help", "--cfg=job", "--version"])
+@pytest.mark.parametrize(
+    ("to", "status", "says"), [("> /dev/full", 1, NO_SPACE), ("| true", 1, ""), (">&-", 0, ""), ("2>&-", 0, "")]
+)
+def test_output_that_cannot_be_written(word: str, to: str, status: int, says: str, tmp_path: Path) -> None:
+    done = redirected([word], to, tmp_path)
+    assert done.err == says
+    assert done.status == status or to == "| true"  # which may leave before or after it is given all
+    assert bool(done.out) == (to == "2>&-")
+
+
+@FULL
+@pytest.mark.parametrize("to", ["> /dev/full", "| true", ">&- 2>&- <&-"])
+def test_a_run_is_complete_where_the_console_is_gone(to: str, tmp_path: Path) -> None:
+    assert redirected([*QUICK, "hydra.run.dir=run"], to, tmp_path) == Finished(0, "", "")
+    assert_complete(tmp_path / "run")
+    assert "see it with" in (tmp_path / "run" / "fmexp.log").read_text().splitlines()[-2]
+
+
+@FULL
+def test_a_sweep_and_its_table_where_the_console_is_gone(tmp_path: Path) -> None:
+    words = ["-m", *QUICK, "seed=1,2", "hydra/launcher=joblib", "hydra.sweep.dir=sweep"]
+    assert redirected(words, "> /dev/full 2>&-", tmp_path) == Finished(0, "", "")
+    for folder in members(tmp_path / "sweep"):
+        assert_complete(folder)
+    assert redirected(["sweep"], "> /dev/full", tmp_path, "fmexp.sweep") == Finished(1, "", NO_SPACE)
 
 
 # Runs

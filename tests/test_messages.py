@@ -184,6 +184,26 @@ COMPOSED = [
     bad("train.tag=it's", "train.tag=it's cannot be read as key=value", QUOTED),
     bad("hydra.run.dir=runs/lr=0.1", "hydra.run.dir=runs/lr=0.1 cannot be read as key=value", QUOTED),
     bad("optimizer.lr=0,1", "Ambiguous value for argument 'optimizer.lr=0,1'", "--multirun"),
+    bad("seed=${nothere}", "seed: Interpolation key 'nothere' not found"),
+    bad("hydra.run.dir=${nothere}", "hydra.run.dir: Interpolation key 'nothere' not found"),
+    bad("~seed", "seed is missing: only a key that was added can be removed with ~"),
+    bad("~train.epochs", "train.epochs: Train (DictConfig) does not support deletion"),
+    bad("dataset=[1]", "Hydra cannot compose dataset=[1]: TypeError"),
+    bad("hydra.verbose=1", "Hydra cannot compose hydra.verbose=1: AssertionError"),
+    bad("hydra.run.dir=???", "hydra.run.dir is left open", "hydra.run.dir=<folder>"),
+    bad("--multirun seed=1,2 hydra.sweep.dir=???", "hydra.sweep.dir is left open", "hydra.sweep.dir=<folder>"),
+    bad("hydra.run.dir='a\\${b'", "a${b holds ${, which is taken for a key. Name another one."),
+    bad("hydra.output_subdir=../other", "hydra.output_subdir=../other must be null"),
+    bad("hydra.job.chdir=true", "hydra.job.chdir must be false"),
+    bad("sweep.dry_run=true", "sweep.dry_run=true lists the members of a sweep: write --multirun"),
+    bad("optimizer=adam optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas=[0.9, 0.9, 0.9] must be 2 numbers"),
+    bad("train.compile=[]", "train.compile=[] must be one of auto, true, false"),
+    bad("train.compile=1", "train.compile=1 must be one of auto, true, false"),
+    bad("train.tag=test/loss", "train.tag=test/loss is taken by test/loss. Name another."),
+    bad("train.tag=view/images", "train.tag=view/images is taken by stage.image_grid.tag."),
+    bad("stage.image_grid.images=1" + 30 * "0", "stage.image_grid.images=1000", "must be a number of 64 bits"),
+    bad(f"train.epochs={2**63}", f"train.epochs={2**63} must be a number of 64 bits, which end at 2**63"),
+    bad("model=mlp model.hidden=[64,0]", "model.hidden=[64, 0] must be at least 1"),
     bad("--config-dir nothere", "nothere' not found"),
     bad("--config-dir not/here", "not/here' not found"),
     bad("--config-name nothere", "Cannot find primary config 'nothere'"),
@@ -457,6 +477,14 @@ def test_package_that_is_not_installed(words: str, module: str, here: Path, monk
     done = call("--multirun", *SMALL, *words.split(), "seed=1,2", cwd=here)
     assert_refused(done, (f"{words.split()[0]} needs {module}: pip install {module}\n",))
     assert_nothing_in(here)
+
+
+@pytest.mark.parametrize("word", ["seed=-1", "dataset.image_size=8"])
+@pytest.mark.parametrize("folder", [".", "mine", "mine/new/new", "new/new"])
+def test_a_refusal_removes_the_folders_that_it_made_and_no_others(word: str, folder: str, here: Path) -> None:
+    (here / "mine").mkdir()
+    assert call(*SMALL, word, f"hydra.run.dir={folder}", cwd=here).status == 1
+    assert [path.name for path in here.rglob("*")] == ["mine"]
 
 
 def test_folders_that_held_something_stay(here: Path) -> None:

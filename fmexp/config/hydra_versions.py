@@ -13,6 +13,8 @@ _UNCHECKED = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 # 1.4 has no behaviours of older versions to choose from.
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if _UNCHECKED is None else {}
 
+MAIN: dict[str, Any] = VERSION_BASE or {"execution_whitelist": _UNCHECKED}  # what hydra.main is told
+
 # OmegaConf 2.4, which comes with Hydra 1.4, calls it register_resolver; 2.3 has that name for something older.
 register_resolver: Any = OmegaConf.register_new_resolver if _UNCHECKED is None else OmegaConf.register_resolver
 

@@ -21,16 +21,16 @@ class Moment(Enum):
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`.
+    """A field whose value has limits: `least` and `most` (inclusive), `below` (exclusive), `one_of`.
 
-    `word` is what a whole number may be replaced by.
+    `word` is what a whole number may be replaced by, `length` how many values a list has.
     """
     return field(default=default, metadata=limits)
 
 
-def listed(*default: Any) -> Any:
-    """A field that is a list."""
-    return field(default_factory=lambda: list(default))
+def listed(*default: Any, **limits: Any) -> Any:
+    """A field that is a list; `limits`, as of `limited`, are those of each value."""
+    return field(default_factory=lambda: list(default), metadata=limits)
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Model:
 
 @dataclass
 class MLP(Model):
-    hidden: list[int] = listed(256, 128)  # the width of each hidden layer; []: one linear layer from pixels to classes
+    hidden: list[int] = listed(256, 128, least=1)  # width of each hidden layer; []: one layer from pixels to classes
     dropout: float = limited(0.0, least=0.0, below=1.0)  # the share of hidden units that each training step leaves out
 
 
@@ -146,7 +146,7 @@ class SGD(Optimizer):
 @dataclass
 class Adam(Optimizer):
     # how slowly the running means of the gradient and of its square forget
-    betas: tuple[float, float] = limited((0.9, 0.999), least=0.0, below=1.0)
+    betas: tuple[float, float] = limited((0.9, 0.999), length=2, least=0.0, below=1.0)
     eps: float = limited(1e-8, least=0.0)  # added to what the step is divided by
     # pulls weights to zero: Adam adds it to the gradient, AdamW takes it from the weights themselves
     weight_decay: float = limited(0.0, least=0.0)

@@ -3,9 +3,11 @@
 import difflib
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +21,6 @@ from fmexp.errors import ConfigError
 _LIMITS: dict[str, Callable[[Any, Any], bool]] = {
     "least": operator.ge,
     "most": operator.le,
-    "above": operator.gt,
     "below": operator.lt,
 }
 
@@ -37,7 +38,7 @@ def check(cfg: DictConfig) -> None:
                 raise ConfigError(f"{key}={value} {problem}.")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
             raise ConfigError(f"device={cfg.device} must be auto, cpu, mps, cuda or cuda:<number>.")
-        _check_objective(cfg)
+        _check_tags(cfg)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ConfigError(
@@ -45,6 +46,40 @@ def check(cfg: DictConfig) -> None:
         ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(wrong_value(error)) from error
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """What a run is made of: the configuration as Hydra composes it, but for Hydra's own part."""
+    return OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
+
+
+def output_folder(cfg: DictConfig, key: str) -> Path:
+    """The absolute path that hydra.run.dir or hydra.sweep.dir names.
+
+    Raises:
+        ConfigError: no folder has such a name, or Hydra's other keys ask for what fmexp does itself.
+    """
+    hydra, name = cfg.hydra, OmegaConf.select(cfg, key)
+    path = os.path.abspath(str(name))
+    problem = "holds ${, which is taken for a key" if "${" in path else "is not UTF-8" if not _is_text(path) else ""
+    if name is None:
+        raise ConfigError(f"{key} is left open: give it a folder with {key}=<folder>.")
+    if problem:
+        raise ConfigError(f"{key}: the folder {_shown(path)} {problem}. Name another one.")
+    if hydra.output_subdir is not None:
+        raise ConfigError(f"hydra.output_subdir={hydra.output_subdir} must be null: fmexp writes .hydra/ itself.")
+    if hydra.job.chdir:
+        raise ConfigError("hydra.job.chdir must be false: fmexp stays where it is called, as a sweep does.")
+    return Path(path)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: the name of a file may not be."""
+    return value == _shown(value)
+
+
+def _shown(value: str) -> str:
+    return value.encode(errors="backslashreplace").decode()
 
 
 def closed(schema: type = Config, key: str = "") -> dict[str, list[str]]:
@@ -63,6 +98,8 @@ def check_keys(cfg: DictConfig) -> None:
     """Raise ConfigError for a key that nothing reads, where the keys are fixed."""
     for part, names in closed().items():
         node = OmegaConf.select(cfg, part) if part else cfg
+        if gone := [f"{part}.{name}".lstrip(".") for name in names if name not in node]:
+            raise ConfigError(f"{gone[0]} is missing: only a key that was added can be removed with ~.")
         for name in map(str, node):
             key = f"{part}.{name}".lstrip(".")
             if name not in names and not re.search(rf"\$\{{\.*{re.escape(key)}\b", OmegaConf.to_yaml(cfg)):
@@ -105,10 +142,14 @@ def _check_target(key: str, node: Any) -> None:
         raise ConfigError(f"{key}={node} must be a mapping with _target_: the import path of what is to be called.")
 
 
-def _check_objective(cfg: DictConfig) -> None:
-    metrics = ("test/accuracy", "test/loss", cfg.train.tag)
-    if cfg.objective not in metrics:
-        raise ConfigError(f"objective={cfg.objective} must be one of {', '.join(metrics)}.")
+def _check_tags(cfg: DictConfig) -> None:
+    written = ["test/accuracy", "test/loss"]
+    if cfg.objective not in (*written, cfg.train.tag):
+        raise ConfigError(f"objective={cfg.objective} must be one of {', '.join((*written, cfg.train.tag))}.")
+    taken = {tag: tag for tag in (*written, "wall_seconds", "config")}
+    taken |= {stage.tag: f"stage.{name}.tag" for name, stage in cfg.stage.items() if stage.get("tag")}
+    if cfg.train.tag in taken:
+        raise ConfigError(f"train.tag={cfg.train.tag} is taken by {taken[cfg.train.tag]}. Name another.")
 
 
 def _check_stage(key: str, stage: Any) -> None:
@@ -146,13 +187,17 @@ def _limited_values(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any, d
 
 def _outside(value: Any, limits: dict[str, Any]) -> str | None:
     """What is wrong with a value (or with one in a list), or None."""
+    if "one_of" in limits and not any(type(value) is type(one) and value == one for one in limits["one_of"]):
+        return f"must be one of {', '.join(str(one).lower() for one in limits['one_of'])}"
+    if "word" in limits and type(value) is not int:
+        return None if value == limits["word"] else f"must be {limits['word']} or a whole number"
+    if "length" in limits and len(value) != limits["length"]:
+        return f"must be {limits['length']} numbers"
     for one in value if OmegaConf.is_list(value) else [value]:
         if isinstance(one, float) and not math.isfinite(one):
             return "must be a finite number"
-        if "one_of" in limits and one not in limits["one_of"]:
-            return f"must be one of {', '.join(str(one).lower() for one in limits['one_of'])}"
-        if "word" in limits and type(one) is not int:
-            return None if one == limits["word"] else f"must be {limits['word']} or a whole number"
+        if isinstance(one, int) and not -(2**63) <= one < 2**63:
+            return "must be a number of 64 bits, which end at 2**63"
         for word, holds in _LIMITS.items():
             if word in limits and not holds(one, limits[word]):
                 return f"must be {'at ' if word in ('least', 'most') else ''}{word} {limits[word]}"

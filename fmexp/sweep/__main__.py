@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fmexp import process
 from fmexp.rundir import layout
 from fmexp.sweep.members import member_folders
 from fmexp.sweep.report import conclude
@@ -11,6 +12,7 @@ from fmexp.sweep.report import conclude
 
 def main() -> None:
     """Print the table of a sweep: python -m fmexp.sweep <folder>."""
+    process.open_console()
     parser = argparse.ArgumentParser(
         prog="python -m fmexp.sweep",
         description="Print the table of a sweep that runs, was stopped or is done, best member first. It is written "
@@ -30,6 +32,7 @@ def main() -> None:
         sys.exit(f"No folder in {root} holds a run.{hint}")
     try:
         print(conclude(root))
+        process.require_output()
     except OSError as error:
         sys.exit(f"The table cannot be written: {error}")
 

@@ -122,7 +122,7 @@ class Launcher(HydraLauncher):
         taken: set[Path] = set()
         for number, overrides in enumerate(job_overrides, first):
             cfg = composer.compose(list(overrides))
-            run_cfg = OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
+            run_cfg = config.without_hydra(cfg)
             config.check(run_cfg)
             tree = config.resolved(run_cfg)
             mine = [path for path in found.get(config.digest(tree), []) if path not in taken]
