@@ -23,7 +23,7 @@ class Moment(Enum):
 def limited(default: Any, **limits: Any) -> Any:
     """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`.
 
-    `word` is what a whole number may be replaced by.
+    `word` is what may stand in place of a whole number within the limits.
     """
     return field(default=default, metadata=limits)
 
