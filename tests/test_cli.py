@@ -475,7 +475,7 @@ def test_the_cores_of_a_system_that_does_not_say_which_are_free(monkeypatch: pyt
 
 
 def test_a_dry_run_of_a_single_run_is_refused(tmp_path: Path) -> None:
-    done = program.call(*SMALL, "sweep.dry_run=true", cwd=tmp_path)
+    done = call(*SMALL, "sweep.dry_run=true", cwd=tmp_path)
     assert done.status == 1
     assert "sweep.dry_run=true is for a sweep: add --multirun" in done.err
     assert not list(tmp_path.iterdir())

@@ -307,7 +307,6 @@ def test_recipes_carry_their_sweep(name: str, tmp_path: Path) -> None:
         "jobs abc": ("hydra.launcher.n_jobs=abc", "hydra.launcher.n_jobs=abc must be a whole number"),
         "jobs 1.5": ("hydra.launcher.n_jobs=1.5", "hydra.launcher.n_jobs=1.5 must be a whole number"),
         "jobs null": ("hydra.launcher.n_jobs=null", "'hydra.launcher.n_jobs' is not Optional"),
-        "jobs open": ("hydra.launcher.n_jobs=???", "hydra.launcher.n_jobs=??? is left open"),
         "batch 0": ("hydra.sweeper.max_batch_size=0", "hydra.sweeper.max_batch_size=0 must be at least 1"),
         "batch -5": ("hydra.sweeper.max_batch_size=-5", "hydra.sweeper.max_batch_size=-5 must be at least 1"),
         "batch abc": ("hydra.sweeper.max_batch_size=abc", "hydra.sweeper.max_batch_size=abc must be a whole number"),
@@ -348,12 +347,12 @@ def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
     theirs = [root / "events.out.tfevents.1.host.1.0", root / "summary" / "events.out.tfevents.1.host.1.0.v2"]
     for path in theirs:
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"of another program")
+        path.write_bytes(b"theirs")
     for seeds in ("1,2", "1,2,3"):
         words = [*SMALL, f"seed={seeds}", f"hydra.sweep.dir={root}"]
         assert program.call("-m", *words, cwd=tmp_path).status == 0
         for path in theirs:
-            assert path.read_bytes() == b"of another program"
+            assert path.read_bytes() == b"theirs"
             (ours,) = set(path.parent.glob("events.out.tfevents.*")) - {path}
             assert ours.name.endswith(".sweep")
     assert program.call(*SMALL, f"hydra.run.dir={root}/summary", cwd=tmp_path).status == 0

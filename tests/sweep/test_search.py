@@ -113,7 +113,7 @@ SAMPLER = "hydra.sweeper.sampler._target_=optuna.samplers"
         (f"{LR} +hydra.sweeper.sampler.n_startup_trials=abc", "TPESampler cannot choose trial 0: '<' not supported"),
         (
             f"{LR} {SAMPLER}.BruteForceSampler",
-            "BruteForceSampler cannot choose trial 0: FloatDistribution.step must be",
+            "BruteForceSampler cannot choose trial 0: FloatDistribution.step must",
         ),
         (f"{LR} {SAMPLER}.GridSampler", "GridSampler cannot choose trial 0: Error in call to target"),
         (f"{LR} {SAMPLER}.Nope", "Nope cannot choose trial 0: Error locating target 'optuna.samplers.Nope'"),
@@ -124,11 +124,11 @@ SAMPLER = "hydra.sweeper.sampler._target_=optuna.samplers"
         ("optimizer.lr=interval(0.1,inf)", "optimizer.lr=inf must be a finite number."),
         ("optimizer.lr=interval(-0.1,0.1)", "optimizer.lr=-0.1 must be at least 0.0."),
         ("optimizer.lr=0.1,fast", "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float"),
-        ("train.batch_size=interval(1,8)", "train.batch_size=3.674 must be a whole number: write train.batch_size=4."),
+        ("train.batch_size=interval(1,8)", "train.batch_size=3.674 must be a whole number, such as 4."),
         ("seed=range(0,0)", "seed=range(0,0) names no value."),
         ("seed=range(0,3,0)", "seed=range(0,3,0): range() arg 3 must not be zero."),
         ("model=glob(zzz*)", "model=glob(zzz*) names no value."),
-        ("model=lenet,nope", "Could not find 'model/nope'."),
+        ("optimizer=sgd,nope", "Could not find 'optimizer/nope'."),
     ],
 )
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
