@@ -23,7 +23,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fmexp import process
-from fmexp.errors import CodeError, FmexpError
 from fmexp.process import block_signals
 from fmexp.rundir import layout
 from fmexp.rundir.atomic import disk_full
@@ -126,10 +125,10 @@ def _run(job: Job) -> None:
         if full := disk_full(error):
             raise full from None  # what is to come could not be written either
         if layout.read_result(job.folder) == before:  # it failed before the run could say so itself
-            told = isinstance(error, FmexpError) and not isinstance(error, CodeError)
-            details = str(error) if told else "".join(traceback.format_exception(error)).strip()
+            details = "".join(traceback.format_exception(error)).strip() if error.__cause__ else str(error)
             log.error("%s: %s", job.folder.name, details)
-            layout.write_failure(job.folder, job.tree, job.overrides, str(error), details)
+            with suppress(PermissionError):  # a folder of another user costs this member alone
+                layout.write_failure(job.folder, job.tree, job.overrides, str(error), details)
 
 
 def _silence_console() -> None:
