@@ -3,10 +3,10 @@
 import logging
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -26,9 +26,7 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
     process.resume_gc()
     with ended_by_signals():
         prepare_data(jobs)
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
+    waiting = deque(jobs)
     executors: list[ProcessPoolExecutor | None] = [None] * workers
     new = multiprocessing.get_context("spawn")  # a fork would take along this process's threads and its torch
     halt = threading.Event()
@@ -37,12 +35,11 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
     def work(slot: int) -> None:
         while not halt.is_set():
             try:
-                job = waiting.get_nowait()
-            except queue.Empty:
+                job = waiting.popleft()
+            except IndexError:
                 break
-            executor = executors[slot]
-            if executor is None:
-                executor = executors[slot] = ProcessPoolExecutor(1, new, _in_worker, (_environment(slot, workers),))
+            executor = executors[slot] or ProcessPoolExecutor(1, new, _in_worker, (_environment(slot, workers),))
+            executors[slot] = executor
             progress.started(job.folder)
             try:
                 _result(executor, job, halt)
