@@ -15,7 +15,7 @@ from fmexp import config, messages, process
 from fmexp.config import conf_dir
 from fmexp.config.hydra_versions import VERSION_BASE
 from fmexp.config.overrides import resume_command
-from fmexp.errors import ConfigError, FmexpError
+from fmexp.errors import FmexpError
 from fmexp.process import block_signals
 from fmexp.rundir import layout
 from fmexp.sweep import plugins
@@ -35,8 +35,6 @@ def run(cfg: DictConfig) -> float:
         "overrides.yaml": OmegaConf.create(list(hydra_cfg.overrides.task)),
     }
     try:
-        if cfg.sweep.dry_run:  # of a sweep, this function is not called
-            raise ConfigError("sweep.dry_run=true is for a sweep: add --multirun; --cfg job shows what a run would be.")
         config.check(cfg)  # execute does so too, but after some seconds of importing torch
         with block_signals():  # a signal's exception in the midst of torch's import aborts the process
             from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg

@@ -472,10 +472,3 @@ def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cores_of_a_system_that_does_not_say_which_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert available_cores() == os.cpu_count()
-
-
-def test_a_dry_run_of_a_single_run_is_refused(tmp_path: Path) -> None:
-    done = call(*SMALL, "sweep.dry_run=true", cwd=tmp_path)
-    assert done.status == 1
-    assert "sweep.dry_run=true is for a sweep: add --multirun" in done.err
-    assert not list(tmp_path.iterdir())

@@ -73,7 +73,6 @@ def checked(group: str, hydra: DictConfig) -> Any:
     node, key = hydra[group], f"hydra.{group}"
     known = [f.name for f in fields(OmegaConf.get_type(node))]  # type: ignore[arg-type]
     with in_words():
-        _ = hydra.sweep.dir  # which may be left open, too
         for name in map(str, node):
             if name not in known:
                 raise ConfigError(no_key(key, name, OmegaConf.masked_copy(node, known)))
