@@ -110,13 +110,13 @@ def _hydra(root: Path) -> Iterator[str]:
             package, _, name = OmegaConf.to_container(node)["_target_"].rpartition(".")
             if package != PACKAGE:
                 continue
-            about, _, arguments = inspect.cleandoc(getattr(plugins, name).__doc__).partition("\n\n")
-            notes = dict(re.findall(r"^ {4}(\w+): ((?:.|\n {8})*)", arguments, re.MULTILINE))
-            values = OmegaConf.to_container(node, resolve=False)
+            about = inspect.cleandoc(getattr(plugins, name).__doc__).partition("\n\n")[0]
             yield f"### `hydra/{group}={file.removesuffix('.yaml')}`\n\n{' '.join(about.split())}\n"
+            schema = OmegaConf.get_type(node)
+            values, notes = OmegaConf.to_container(node, resolve=False), _notes(schema)
             yield _table(
-                (f"hydra.{group}.{name}", _shown(value), " ".join(notes.get(name, "as said above").split()))
-                for name, value in values.items() if not name.startswith("_")
+                (f"hydra.{group}.{key}", _shown(values[key]), kind, notes[key])
+                for key, kind in _kinds(schema).items() if not key.startswith("_")
             )  # fmt: skip
 
 
@@ -190,6 +190,8 @@ def _type(hint: Any) -> str:
         return _either([one.name for one in hint])
     if get_origin(hint) is list:
         return f"list of {_type(parts[0])}s"
+    if get_origin(hint) is dict:
+        return "mapping"
     if get_origin(hint) is tuple:
         return f"{len(parts)} {_type(parts[0])}s"
     return _either([_type(part) for part in parts]) if parts else WORDS.get(hint, "")

@@ -21,8 +21,9 @@ from fmexp import config, datasets, rng
 from fmexp.build import build, target
 from fmexp.errors import FmexpError
 from fmexp.process import Stop
-from fmexp.run import Run, disk_full, total_steps
+from fmexp.run import Run, total_steps
 from fmexp.rundir import atomic, checkpoint, hparams, layout, tensorboard
+from fmexp.rundir.atomic import disk_full
 from fmexp.trainer import DivergedError, Trainer
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,5 @@
 """A run as its stages see it: what they may read, and how they are executed without disturbing the training."""
 
-import errno
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fmexp import datasets, rng
 from fmexp.engine.backend import Backend
 from fmexp.engine.evaluation import Evaluation, evaluate
+from fmexp.rundir.atomic import disk_full
 
 log = logging.getLogger(__name__)
 
@@ -132,15 +132,6 @@ def eval_mode(model: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-
-
-def disk_full(error: BaseException | None) -> OSError | None:
-    """The error of a full disk that an exception is, or comes from: torch.save and Hydra put it into another."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def steps_per_epoch(cfg: DictConfig, dataset: datasets.Dataset) -> int:

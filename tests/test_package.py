@@ -145,7 +145,7 @@ def test_the_extra_test_installs_all_that_is_imported(metadata: Message) -> None
     known = {"fmexp", *sys.stdlib_module_names, *(path.stem for path in OTHERS)}
     names = {name for path in sources for name in imported(path)} - known
     providers = packages_distributions()
-    assert {"torch", "joblib", "submitit", "optuna", "playwright", "PIL"} <= names
+    assert {"torch", "submitit", "optuna", "playwright", "PIL"} <= names
     missing = {name for name in names if installed.isdisjoint(map(canonicalize_name, providers.get(name, ())))}
     assert not missing
 

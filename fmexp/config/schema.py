@@ -23,7 +23,7 @@ class Moment(Enum):
 def limited(default: Any, **limits: Any) -> Any:
     """A field whose value has limits: `least` and `most` (inclusive), `below` (exclusive), `one_of`.
 
-    `word` is what a whole number may be replaced by, `length` how many values a list has.
+    `word` is what a whole number within the limits may be replaced by, `length` how many values a list has.
     """
     return field(default=default, metadata=limits)
 

@@ -6,6 +6,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,23 @@ _LIMITS: dict[str, Callable[[Any, Any], bool]] = {
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming key and value, for what Hydra's types let through."""
     check_keys(cfg)
-    try:
+    with in_words():
         for group in ("dataset", "model", "optimizer", "logging"):
-            _check_target(group, cfg[group])
+            check_target(group, cfg[group])
         for name, stage in cfg.stage.items():
             _check_stage(f"stage.{name}", stage)
-        for key, value, limits in _limited_values(cfg, ""):
-            if problem := _outside(value, limits):
-                raise ConfigError(f"{key}={value} {problem}.")
+        check_limits(cfg)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
             raise ConfigError(f"device={cfg.device} must be auto, cpu, mps, cuda or cuda:<number>.")
         _check_tags(cfg)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Raise ConfigError for what OmegaConf finds wrong within the block."""
+    try:
+        yield
     except MissingMandatoryValue as error:
         raise ConfigError(
             f"{error.full_key}=??? is left open: give it a value in its YAML file, or with {error.full_key}=<value>."
@@ -82,6 +88,13 @@ def _shown(value: str) -> str:
     return value.encode(errors="backslashreplace").decode()
 
 
+def check_limits(node: DictConfig, key: str = "") -> None:
+    """Raise ConfigError where a value of a part of the configuration, `key`, is outside of its schema's limits."""
+    for name, value, limits in _limited_values(node, f"{key}." if key else ""):
+        if problem := _outside(value, limits):
+            raise ConfigError(f"{name}={value} {problem}.")
+
+
 def closed(schema: type = Config, key: str = "") -> dict[str, list[str]]:
     """The parts of a configuration that have the keys of their schema and no others, with these: the root is "".
 
@@ -110,7 +123,7 @@ def no_key(part: str, name: str, node: DictConfig) -> str:
     """The message for a key that a part of the configuration, `node`, does not have: what was meant, what there is."""
     if part.startswith("stage.") and name in ("on", "True"):
         return _renamed(part)
-    names = closed().get(part) or [str(other) for other in node if other not in ("_target_", "hydra")]
+    names = closed().get(part) or [str(other) for other in node if other not in ("_target_", "_recursive_", "hydra")]
     groups = [other for other in names if not part and (conf_dir() / other).is_dir()]
     groups += [] if part else ["experiment"]  # of which nothing remains in the configuration
     below = flat(OmegaConf.to_container(node, throw_on_missing=False))  # type: ignore[arg-type]
@@ -137,7 +150,8 @@ def wrong_value(error: OmegaConfBaseException) -> str:
     return f"{error.full_key}={found[1]} must be a whole number{write}."
 
 
-def _check_target(key: str, node: Any) -> None:
+def check_target(key: str, node: Any) -> None:
+    """Raise ConfigError where a part of the configuration does not say what is to be called."""
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}={node} must be a mapping with _target_: the import path of what is to be called.")
 
@@ -189,7 +203,7 @@ def _outside(value: Any, limits: dict[str, Any]) -> str | None:
     """What is wrong with a value (or with one in a list), or None."""
     if "one_of" in limits and not any(type(value) is type(one) and value == one for one in limits["one_of"]):
         return f"must be one of {', '.join(str(one).lower() for one in limits['one_of'])}"
-    if "word" in limits and type(value) is not int:
+    if "word" in limits and (value == limits["word"] or type(value) is not int):
         return None if value == limits["word"] else f"must be {limits['word']} or a whole number"
     if "length" in limits and len(value) != limits["length"]:
         return f"must be {limits['length']} numbers"

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written beside their place, synced, and renamed into it."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,15 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """Write a whole file, as `atomic_open` does."""
     with atomic_open(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def disk_full(error: BaseException | None) -> OSError | None:
+    """The error of a full disk that an exception is, or comes from: torch.save and Hydra put it into another."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sync(path: Path) -> None:

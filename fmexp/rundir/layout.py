@@ -58,6 +58,15 @@ def holds_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def check_no_run(root: Path) -> None:
+    """Raise ConfigError where a folder that many runs are to lie in is the folder of a run itself."""
+    if found := [name for name in (RESULT, Path(CONFIG).parent.name) if (root / name).exists()]:
+        raise ConfigError(
+            f"{root} is the folder of a run (it holds {found[0]}), and no place for a sweep. "
+            "Name another with hydra.sweep.dir=<folder>."
+        )
+
+
 def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
     """Raise ConfigError where the folder holds another run than the resolved configuration `tree`."""
     if not holds_run(folder):

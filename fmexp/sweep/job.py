@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fmexp import process
 from fmexp.process import block_signals
 from fmexp.rundir import layout
+from fmexp.rundir.atomic import disk_full
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,9 @@ def run(job: Job, *, console: bool = False) -> None:
 
     Args:
         console: whether its log lines go to the console, too, and not to its fmexp.log alone.
+
+    Raises:
+        OSError: the disk is full, or what came of the member cannot be written.
     """
     setup_globals()
     configure_log(job.cfg.hydra.job_logging, job.cfg.hydra.verbose)
@@ -118,10 +122,12 @@ def _run(job: Job) -> None:
     except layout.LockedError:
         raise  # who holds the folder writes what comes of it
     except Exception as error:
+        if full := disk_full(error):
+            raise full from None  # what is to come could not be written either
         if layout.read_result(job.folder) == before:  # it failed before the run could say so itself
             details = "".join(traceback.format_exception(error)).strip() if error.__cause__ else str(error)
             log.error("%s: %s", job.folder.name, details)
-            with suppress(OSError):
+            with suppress(PermissionError):  # a folder of another user costs this member alone
                 layout.write_failure(job.folder, job.tree, job.overrides, str(error), details)
 
 

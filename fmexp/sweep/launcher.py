@@ -4,7 +4,6 @@ Hydra's sweepers (the grid, Optuna) hand the members over as lists of overrides.
 sweep's folder by its configuration, and then skipped, resumed or trained; what came of it is read from its folder.
 """
 
-import importlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fmexp import config
 from fmexp.config.overrides import resume_command, split, varied_keys
-from fmexp.errors import ConfigError, FmexpError
+from fmexp.config.plugin_options import checked
+from fmexp.errors import FmexpError
 from fmexp.process import available_cores
 from fmexp.rundir import atomic, layout, results
+from fmexp.rundir.atomic import disk_full
 from fmexp.sweep import processes, slurm
 from fmexp.sweep.job import Composer, Job, ended_by_signals, run
-from fmexp.sweep.members import by_digest, free_folder, is_complete
+from fmexp.sweep.members import by_digest, free_folder
 from fmexp.sweep.progress import Progress
 from fmexp.sweep.report import aligned, begin, conclude
 
@@ -32,15 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class Launcher(HydraLauncher):
-    """Executes members in this process, in others, or through Slurm.
+    """Executes members in this process, in others, or through Slurm."""
 
-    Args:
-        n_jobs: in how many processes, each with one member at a time; -1: as many as there are cores; 1: in this one.
-        slurm: arguments of submitit's AutoExecutor (timeout_min, slurm_partition and so on), or None.
-    """
-
-    def __init__(self, n_jobs: int = 1, slurm: DictConfig | None = None) -> None:
-        self.n_jobs, self.slurm = n_jobs, slurm
+    def __init__(self, **options: Any) -> None:
+        """Take what Hydra gives; `setup` has it, too, with its types."""
         self.varied: list[str] | None = None  # the keys that name a member's folder; None: those that vary
         self.progress: Progress | None = None  # within `reporting`
         self.root: Path | None = None  # the sweep's folder, once it is made
@@ -48,13 +44,11 @@ class Launcher(HydraLauncher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
-
-    @property
-    def at_once(self) -> int:
-        """How many members are executed at the same time."""
-        if self.slurm is not None:
-            return int(self.slurm.get("slurm_array_parallelism", 1))
-        return self.n_jobs if self.n_jobs > 0 else available_cores()
+        options = checked("launcher", config.hydra)
+        self.slurm: DictConfig | None = options.get("slurm")
+        # How many members are executed at the same time; Slurm itself may be told 0.
+        at_once = options.n_jobs if self.slurm is None else max(1, self.slurm.get("slurm_array_parallelism", 1))
+        self.at_once: int = available_cores() if at_once == -1 else at_once
 
     @contextmanager
     def reporting(self, total: int) -> Iterator[Progress]:
@@ -65,15 +59,27 @@ class Launcher(HydraLauncher):
         """
         try:
             with Progress(total, self.config.objective) as self.progress:
-                yield self.progress
+                try:
+                    yield self.progress
+                finally:
+                    if self.root is not None:
+                        self._conclude(self.root, self.progress)
+        except Exception as error:
+            if not (full := disk_full(error)):
+                raise
+            command = resume_command("hydra.sweep.dir", self.root or Path(str(self.config.hydra.sweep.dir)).absolute())
+            raise FmexpError(
+                f"The disk is full ({full}). What the sweep has is safe; make space, then go on with\n  {command}"
+            ) from error
         finally:
-            if self.root is not None and self.progress is not None:
-                print(conclude(self.root, self.progress.not_begun))
-                if self.progress.not_begun or not is_complete(self.root):
-                    print(f"go on with\n  {resume_command('hydra.sweep.dir', self.root)}")
-                else:
-                    print(f"compare them with\n  tensorboard --logdir {self.root}")
             self.progress = None
+
+    def _conclude(self, root: Path, progress: Progress) -> None:
+        print(conclude(root, progress.not_begun))
+        if progress.complete:
+            print(f"compare them with\n  tensorboard --logdir {root}")
+        else:
+            print(f"go on with\n  {resume_command('hydra.sweep.dir', root)}")
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         if self.progress is None:  # of a sweeper that is not fmexp's
@@ -88,10 +94,7 @@ class Launcher(HydraLauncher):
             raise SystemExit(0)
         todo = [job for job in jobs if job.action != "skip"]
         workers = min(self.at_once, len(todo))
-        if self.slurm is not None:
-            _need("submitit", "slurm")
-        elif workers > 1:
-            _need("joblib", "joblib")
+        executor = None if self.slurm is None else slurm.executor(root, self.slurm)
         root.mkdir(parents=True, exist_ok=True)
         atomic.atomic_write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
         self.root = root
@@ -100,20 +103,22 @@ class Launcher(HydraLauncher):
         if self.varied is None:  # a search says itself what it does
             log.info("sweep of %d members (%s) in %s", len(jobs), _counts(jobs), root)
         self.progress.plan([job.folder for job in jobs], [job.folder for job in todo])
-        self._run(root, todo, workers, self.progress)
+        fail_fast = bool(self.config.sweep.fail_fast)
+        if executor is not None:
+            slurm.run(root, todo, executor, self.progress, fail_fast=fail_fast)
+        elif workers > 1:
+            processes.run(todo, workers, self.progress, fail_fast=fail_fast)
+        else:
+            self._one_after_another(todo, self.progress, fail_fast=fail_fast)
         return [_outcome(job) for job in jobs]
 
-    def _run(self, root: Path, jobs: list[Job], workers: int, progress: Progress) -> None:
-        fail_fast = bool(self.config.sweep.fail_fast)
-        if self.slurm is not None:
-            slurm.run(root, jobs, self.slurm, progress, fail_fast=fail_fast)
-        elif workers > 1:
-            processes.run(jobs, workers, progress, fail_fast=fail_fast)
-        else:
-            self._one_after_another(jobs, progress, fail_fast=fail_fast)
-
     def plan(self, root: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
-        """Compose and check members, and find what is to be done for each; nothing is written."""
+        """Compose and check members, and find what is to be done for each; nothing is written.
+
+        Raises:
+            ConfigError: a member cannot be run, or `root` is the folder of a run.
+        """
+        layout.check_no_run(root)
         found = by_digest(root)
         varied = self.varied or varied_keys(job_overrides)
         composer = Composer(self.hydra_context.config_loader, self.config)
@@ -148,14 +153,6 @@ class Launcher(HydraLauncher):
                     progress.ended(job.folder)
                 if fail_fast and results.status(job.folder) == "failed":
                     break
-
-
-def _need(package: str, launcher: str) -> None:
-    """Raise ConfigError where a launcher's package is not installed."""
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        raise ConfigError(f"hydra/launcher={launcher} needs {package}: pip install {package}") from None
 
 
 def _counts(jobs: list[Job]) -> str:

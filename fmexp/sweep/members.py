@@ -55,11 +55,6 @@ def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
     return read(root)
 
 
-def is_complete(root: Path) -> bool:
-    """Whether no member needs more work."""
-    return all(member.status in ("complete", "diverged") for member in read(root))
-
-
 def by_digest(root: Path) -> dict[str, list[Path]]:
     """The member folders that a sweep's folder holds, by their configuration's digest."""
     found = defaultdict(list)

@@ -1,13 +1,16 @@
-"""Members side by side on this machine, each in a worker process of joblib's loky."""
+"""Members side by side on this machine, each in a worker process."""
 
 import logging
+import multiprocessing
 import os
-import queue
 import signal
 import threading
-from contextlib import suppress
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from fmexp import process
 from fmexp.process import Stop, available_cores
@@ -19,32 +22,31 @@ from fmexp.sweep.progress import Progress
 
 def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -> None:
     """Run members in `workers` processes, each in an executor of its own: one that dies costs its member alone."""
-    from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
-
     process.resume_gc()
     with ended_by_signals():
         prepare_data(jobs)
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-    executors: list[Any] = [None] * workers
+    waiting = deque(jobs)
+    executors: list[ProcessPoolExecutor | None] = [None] * workers
+    new = multiprocessing.get_context("spawn")  # a fork would take along this process's threads and its torch
     halt = threading.Event()
+    unwritten: list[OSError] = []
 
     def work(slot: int) -> None:
         while not halt.is_set():
             try:
-                job = waiting.get_nowait()
-            except queue.Empty:
+                job = waiting.popleft()
+            except IndexError:
                 break
-            if executors[slot] is None:
-                executors[slot] = ProcessPoolExecutor(1, env=_environment(slot, workers), initializer=_in_worker)
+            executor = executors[slot] or ProcessPoolExecutor(1, new, _in_worker, (_environment(slot, workers),))
+            executors[slot] = executor
             progress.started(job.folder)
             try:
-                executors[slot].submit(_run_in_worker, job).result()
+                _result(executor, job, halt)
             except BrokenProcessPool:
                 executors[slot] = None
-                if not halt.is_set():
-                    fail(job, "its process was killed, or ran out of memory")
+            except OSError as error:  # what became of a member cannot be written, nor will it for the next one
+                unwritten.append(error)
+                halt.set()
             except BaseException as error:  # SystemExit, when the member was told to stop
                 if not isinstance(error, SystemExit):
                     progress.say(f"{job.folder.name}: {error}", logging.ERROR)
@@ -56,23 +58,38 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
         threads = [threading.Thread(target=work, args=(slot,)) for slot in range(workers)]
         for thread in threads:
             thread.start()
-        _wait(threads, stop, halt, executors)
+        _wait(threads, stop, halt)
         for executor in filter(None, executors):
             executor.shutdown()
         if stop.signal:
             stop.leave()
+        if unwritten:
+            raise unwritten[0]
 
 
-def _wait(threads: list[threading.Thread], stop: Stop, halt: threading.Event, executors: list[Any]) -> None:
+def _result(executor: ProcessPoolExecutor, job: Job, halt: threading.Event) -> None:
+    """Run a member in its worker, and wait for it."""
+    try:
+        executor.submit(_run_in_worker, job).result()
+    except BrokenProcessPool:
+        executor.shutdown()  # waits for the process, which holds the folder's lock to its end
+        if not halt.is_set():
+            fail(job, "its process was killed, or ran out of memory")
+        raise
+
+
+def _wait(threads: list[threading.Thread], stop: Stop, halt: threading.Event) -> None:
     """Wait for the threads. At a signal no more members are started, and those that run are told to stop."""
-    told = False
+    told: set[int | None] = set()
     while any(thread.is_alive() for thread in threads):
         for thread in threads:
             thread.join(0.1)
-        if stop.signal and not told:
-            told = True
+        if stop.signal:
             halt.set()
-            _tell_to_stop(executors)
+            for worker in multiprocessing.active_children():  # one may have been starting the last time
+                if worker.pid not in told:
+                    told.add(worker.pid)
+                    worker.terminate()  # SIGTERM, at which a run saves itself
 
 
 def _run_in_worker(job: Job) -> None:
@@ -86,11 +103,16 @@ def _run_in_worker(job: Job) -> None:
 _parent = 0
 
 
-def _in_worker() -> None:
-    """Leave the terminal's process group, so that Ctrl-C reaches the sweep alone, which then tells its workers; and
-    end, as by a signal, when the sweep itself was killed."""
+def _in_worker(environment: dict[str, str]) -> None:
+    """Prepare a worker process, before it imports torch, which reads the environment.
+
+    It leaves the terminal's process group, so that Ctrl-C reaches the sweep alone, which then tells its workers; and it
+    ends, as by a signal, when the sweep itself was killed.
+    """
     global _parent
+    os.environ.update(environment)
     process.pause_gc()
+    tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as a leak after a SIGKILL
     _parent = os.getppid()
     os.setpgrp()
     process.end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -108,10 +130,3 @@ def _environment(slot: int, workers: int) -> dict[str, str]:
     if len(gpus) > 1:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment
-
-
-def _tell_to_stop(executors: list[Any]) -> None:
-    for executor in filter(None, executors):
-        for pid in list(executor._processes):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)

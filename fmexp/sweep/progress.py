@@ -66,6 +66,11 @@ class Progress:
     def not_begun(self) -> int:
         return max(0, self.total - sum(map(layout.holds_run, self.members)))
 
+    @property
+    def complete(self) -> bool:
+        """Whether no member needs more work."""
+        return not self.not_begun and set(self.members.values()) <= {"complete", "diverged"}
+
     def plan(self, members: Iterable[Path], todo: Iterable[Path]) -> None:
         """Take up more members, of which those in `todo` are still to be executed, and show the bar."""
         todo = set(todo)

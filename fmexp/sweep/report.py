@@ -2,7 +2,9 @@
 
 import csv
 import io
+import os
 import shutil
+import socket
 import statistics
 import sys
 import time
@@ -31,6 +33,7 @@ SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
 # What remains longest in a narrow terminal, after the objective; other metrics go first.
 FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2, "test/accuracy/best": 3}
 STATUSES = ("complete", "diverged", "failed", "running", "interrupted", "not begun")
+SUFFIX = ".sweep"  # of the event files that a sweep writes itself
 WRITTEN = ("sweep.csv", "replicates.csv", "sweep.png", "sweep.svg")
 
 
@@ -206,16 +209,20 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
 
 
 def _write_events(path: Path, summaries: Sequence[Any]) -> None:
-    """Write the only event file of a folder, in place of the one before."""
+    """Write an event file in place of the sweep's one before; those of others are left alone, and so is a run."""
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
+    if layout.holds_run(path):  # a run of that name
+        return
     path.mkdir(exist_ok=True)
-    old = list(path.glob("events.out.tfevents.*"))
-    writer = EventFileWriter(str(path), filename_suffix=".sweep")
-    for summary in summaries:
-        writer.add_event(Event(wall_time=time.time(), step=0, summary=summary))
-    writer.close()
+    old = list(path.glob(f"events.out.tfevents.*{SUFFIX}"))
+    now, content = time.time_ns(), io.BytesIO()
+    events = [Event(file_version="brain.Event:2"), *(Event(step=0, summary=summary) for summary in summaries)]
+    for event in events:
+        event.wall_time = now / 1e9
+        RecordWriter(content).write(event.SerializeToString())
+    name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}{SUFFIX}"
+    atomic.atomic_write(path / name, content.getvalue())  # SummaryWriter would write in a thread, and print its errors
     for file in old:
-        if file.exists() and len(list(path.glob("events.out.tfevents.*"))) > 1:
-            file.unlink()
+        file.unlink(missing_ok=True)

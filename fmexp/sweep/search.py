@@ -7,21 +7,20 @@ command goes on with a search that was stopped, up to n_trials in all, and finis
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus, configure_log, setup_globals
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from fmexp import config
 from fmexp.config.hydra_versions import instantiate
-from fmexp.errors import ConfigError, FmexpError
+from fmexp.errors import CodeError, ConfigError, FmexpError
+from fmexp.rundir import layout
+from fmexp.sweep.grid import Parsing, choices
 from fmexp.sweep.members import maximised, read
 
 log = logging.getLogger(__name__)
@@ -29,75 +28,83 @@ log = logging.getLogger(__name__)
 STORAGE = "optuna.db"
 
 
-class Search(Sweeper):
-    """Executes `n_trials` members that Optuna chooses.
+class Search(Parsing):
+    """Executes `n_trials` members that Optuna chooses, from choices (a,b), range and interval of Hydra's grammar.
 
     A member that failed stays open: the same command executes it again. One that diverged is Optuna's to avoid.
-
-    Args:
-        n_jobs: how many are chosen, and executed, together; None: as many as the launcher runs at once.
-        seed: of the choices. Trial n follows from the seed and from the trials before it, stopped or not.
-        sampler: any of Optuna's that takes a seed, with its other arguments.
-        params: what to search, such as {"optimizer.lr": "tag(log, interval(1e-4, 1e-1))"}; the command line has
-            precedence. Choices (a,b), range and interval of Hydra's grammar can be searched.
     """
 
-    def __init__(
-        self, n_trials: int, n_jobs: int | None, seed: int, sampler: DictConfig, params: DictConfig | None
-    ) -> None:
-        self.n_trials, self.n_jobs, self.seed, self.sampler = n_trials, n_jobs, seed, sampler
-        self.params = [f"{key!s}={value}" for key, value in (params or {}).items()]
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.loader, self.cfg = hydra_context.config_loader, config
-        self.launcher: Any = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
     def sweep(self, arguments: list[str]) -> float:
-        """Execute what is left of the search, and return the best objective."""
+        """Execute what is left of the search, and return the best objective, NaN where all trials diverged.
+
+        Raises:
+            LockedError: another search is running in the folder.
+        """
         try:
             import optuna
         except ImportError:
             raise ConfigError("hydra/sweeper=optuna needs optuna: pip install optuna") from None
         configure_log(self.cfg.hydra.hydra_logging, self.cfg.hydra.verbose)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides([*self.params, *arguments])
-        words = {override.get_key_element(): override for override in parsed}
+        words = {override.get_key_element(): override for override in self.parse(arguments)}
         space = {key: _distribution(word) for key, word in words.items() if word.is_sweep_override()}
         fixed = [f"{key}={word.get_value_element_as_str()}" for key, word in words.items() if key not in space]
         if not space:
             raise ConfigError('hydra/sweeper=optuna has nothing to search, such as "optimizer.lr=interval(0.001,0.1)".')
         root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
         setup_globals()
-        self.launcher.plan(root, [[*fixed, *_first(space)]], 0)  # refuses mistakes before a file is made
+        # Mistakes are refused before a file is made.
+        self.launcher.plan(root, [[*fixed, *words] for words in _samples(space)], 0)
+        self._check_owner(root)
+        self._ask(optuna.create_study(), 0, space)
         if self.cfg.sweep.dry_run and not (root / STORAGE).exists():
-            _say_and_leave(0, 0, self.n_trials)
-        root.mkdir(parents=True, exist_ok=True)
-        self.study: Any = optuna.create_study(
-            study_name="fmexp",
-            storage=f"sqlite:///{root / STORAGE}",
-            direction="maximize" if maximised(self.cfg.objective) else "minimize",
-            load_if_exists=True,
-        )
+            _say_and_leave(0, 0, self.options.n_trials)
+        with nullcontext() if self.cfg.sweep.dry_run else layout.lock(root), _storage_in_words(root / STORAGE):
+            self.study: Any = optuna.create_study(
+                study_name="fmexp",
+                storage=f"sqlite:///{root / STORAGE}",
+                direction="maximize" if maximised(self.cfg.objective) else "minimize",
+                load_if_exists=True,
+            )
+            return self._search(root, fixed, space)
+
+    def _search(self, root: Path, fixed: list[str], space: dict[str, Any]) -> float:
+        """What `sweep` does, once the study is open."""
+        from optuna.trial import TrialState
+
+        total = self.options.n_trials
         # Without all of its parameters a trial was being chosen when the process was killed.
         begun = [trial for trial in self.study.get_trials(deepcopy=False) if trial.params.keys() == space.keys()]
-        unfinished = [trial for trial in begun if trial.state == optuna.trial.TrialState.RUNNING]
+        unfinished = [trial for trial in begun if trial.state == TrialState.RUNNING]
         if self.cfg.sweep.dry_run:
-            _say_and_leave(len(begun) - len(unfinished), len(unfinished), self.n_trials)
+            _say_and_leave(len(begun) - len(unfinished), len(unfinished), total)
         _check_same_search(self.study, fixed)
-        log.info("search in %s: %d of %d trials done", root / STORAGE, len(begun) - len(unfinished), self.n_trials)
+        log.info("search in %s: %d of %d trials done", root / STORAGE, len(begun) - len(unfinished), total)
         self.launcher.varied = list(space)
         ended = [member.folder for member in read(root) if member.status in ("complete", "diverged")]
-        with self.launcher.reporting(self.n_trials) as progress:
+        with self.launcher.reporting(total) as progress:
             progress.plan(ended, ())
             failures = self._run(self._batches(unfinished, len(begun), space), fixed, space)
         if failures:
             raise FmexpError(f"{failures} trials failed; the same command executes them again.")
+        if not self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            log.warning("all of %d trials diverged, so none is the best", total)
+            return math.nan
         best: Any = self.study.best_trial
         with_ = ", ".join(f"{key}={_shown(value)}" for key, value in best.params.items())
-        log.info("best of %d trials: %.4f with %s", self.n_trials, best.value, with_)
+        log.info("best of %d trials: %.4f with %s", total, best.value, with_)
         return float(best.value)
+
+    def _check_owner(self, root: Path) -> None:
+        """Raise ConfigError where a sampler would unpickle, and so execute, what somebody else has written."""
+        file, sampler = root / STORAGE, str(self.options.sampler._target_)
+        if (sampler.startswith("optuna.samplers.") and "CmaEs" not in sampler) or not file.exists():
+            return
+        if foreign := [path for path in (file, root) if path.stat().st_uid != os.geteuid()]:
+            raise ConfigError(
+                f"{foreign[0]} belongs to another user, and {sampler} may execute what it holds, for its state is "
+                "pickled. Search in a folder of your own with hydra.sweep.dir=<folder>."
+            )
 
     def _run(self, batches: Iterator[list[Any]], fixed: Sequence[str], space: dict[str, Any]) -> int:
         """Execute batches of trials and tell Optuna what came of them; returns how many failed."""
@@ -119,16 +126,48 @@ class Search(Sweeper):
 
     def _batches(self, unfinished: list[Any], count: int, space: dict[str, Any]) -> Iterator[list[Any]]:
         """Trials to execute together: first those that were begun, then new ones until there are n_trials in all."""
-        at_once = self.n_jobs or self.launcher.at_once
+        at_once = self.options.n_jobs or self.launcher.at_once
         for start in range(0, len(unfinished), at_once):
             yield unfinished[start : start + at_once]
-        while count < self.n_trials:
-            batch = []
-            for number in range(count, min(count + at_once, self.n_trials)):
-                self.study.sampler = instantiate(self.sampler, seed=self.seed + number)
-                batch.append(self.study.ask(fixed_distributions=space))
-            count += len(batch)
-            yield batch
+        for start in range(count, self.options.n_trials, at_once):
+            end = min(start + at_once, self.options.n_trials)
+            yield [self._ask(self.study, number, space) for number in range(start, end)]
+
+    def _ask(self, study: Any, number: int, space: dict[str, Any]) -> Any:
+        """Let the sampler choose a trial of a study.
+
+        Raises:
+            CodeError: whatever goes wrong in the code that the configuration names.
+        """
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            study.sampler = instantiate(self.options.sampler, seed=(self.options.seed + number) % 2**32)
+            return study.ask(fixed_distributions=space)
+        except (StorageInternalError, SQLAlchemyError):
+            raise
+        except Exception as error:
+            raise CodeError(
+                f"hydra.sweeper.sampler._target_={self.options.sampler._target_} cannot choose trial {number}: "
+                f"{str(error).strip() or type(error).__name__}"
+            ) from error
+
+
+@contextmanager
+def _storage_in_words(file: Path) -> Iterator[None]:
+    """Raise FmexpError for what SQLite finds wrong within the block."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        reason = error.__cause__ or error
+        raise FmexpError(
+            f"{file} cannot be used: {getattr(reason, 'orig', reason)}. Make space if the disk is full, and go "
+            "on with the same command; else name another folder with hydra.sweep.dir=<folder>."
+        ) from error
 
 
 def _say_and_leave(done: int, unfinished: int, total: int) -> None:
@@ -144,18 +183,25 @@ def _distribution(word: Override) -> Any:
 
     value = word.value()
     if not isinstance(value, IntervalSweep):  # choices, and the numbers of a range
-        return CategoricalDistribution(list(word.sweep_string_iterator()))
-    low, high = value.start, value.end
-    if isinstance(low, int) and isinstance(high, int):
-        return IntDistribution(low, high, log="log" in value.tags)
-    assert low is not None
-    assert high is not None
-    return FloatDistribution(low, high, log="log" in value.tags)
+        return CategoricalDistribution(choices(word))
+    whole = isinstance(value.start, int) and isinstance(value.end, int)
+    kind: Any = IntDistribution if whole else FloatDistribution
+    try:
+        return kind(value.start, value.end, log="log" in value.tags)
+    except ValueError as error:
+        raise ConfigError(f"{word.input_line} cannot be searched: {error}") from error
 
 
-def _first(space: dict[str, Any]) -> list[str]:
-    """Overrides with a value of each key that is searched."""
-    return [f"{key}={_shown(d.choices[0] if hasattr(d, 'choices') else d.low)}" for key, d in space.items()]
+def _samples(space: dict[str, Any]) -> list[list[str]]:
+    """Overrides that between them have each choice of each key, and of an interval its ends and a point within."""
+    values = [
+        getattr(d, "choices", None) or (d.low, type(d.low)(d.low + 0.382 * (d.high - d.low)), d.high)
+        for d in space.values()
+    ]
+    return [
+        [f"{key}={_shown(found[min(number, len(found) - 1)])}" for key, found in zip(space, values, strict=True)]
+        for number in range(max(map(len, values)))
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fmexp import process
+from fmexp.errors import ConfigError
 from fmexp.rundir import atomic, results
 from fmexp.sweep.job import Job, ended_by_signals, fail, prepare_data
 from fmexp.sweep.job import run as run_job
@@ -20,16 +22,36 @@ log = logging.getLogger(__name__)
 
 FOLDER, JOBS = ".slurm", "jobs.json"  # what submitit keeps of a sweep, and which member is which job
 POLL_S = 2  # how often Slurm is asked
+_WAY = "Start the sweep where squeue lists your jobs, or on this machine alone with hydra/launcher=joblib."
 
 
-def run(
-    root: Path,
-    jobs: list[Job],
-    options: DictConfig,
-    progress: Progress,
-    *,
-    fail_fast: bool,
-) -> None:
+def executor(root: Path, options: DictConfig) -> Any:
+    """What submits jobs for the sweep of a folder; nothing is written yet.
+
+    Raises:
+        ConfigError: there is no Slurm, or no such option.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError("hydra/launcher=slurm needs submitit: pip install submitit") from None
+    if missing := [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]:
+        raise ConfigError(
+            f"hydra/launcher=slurm: there is no Slurm here, for {', '.join(missing)} cannot be found. {_WAY}"
+        )
+    if (asked := _ask()).returncode != 0:
+        raise ConfigError(f"hydra/launcher=slurm: Slurm does not answer ({asked.stderr.strip()}). {_WAY}")
+    parameters: Any = OmegaConf.to_container(options, resolve=True)
+    first = {key: parameters.pop(key) for key in {"slurm_max_num_timeout"} & parameters.keys()}  # submitit's order
+    try:
+        made = submitit.AutoExecutor(root / FOLDER / "%j", "slurm", **first)
+        made.update_parameters(name="fmexp", **parameters)
+    except (NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"hydra.launcher.slurm: {error}") from error
+    return made
+
+
+def run(root: Path, jobs: list[Job], executor: Any, progress: Progress, *, fail_fast: bool) -> None:
     """Submit what Slurm does not have yet as a job array, and wait until it has no more of it.
 
     A job that is put back into the queue resumes from where it was. The jobs go on if this process ends.
@@ -40,7 +62,7 @@ def run(
     new = [job for job in jobs if submitted.get(job.folder.name) not in queued]
     with ended_by_signals():
         if new:
-            submitted |= _submit(root, new, options)
+            submitted |= _submit(executor, new)
             atomic.atomic_write(root / FOLDER / JOBS, json.dumps(submitted))
         ours = {submitted[job.folder.name] for job in jobs}
         numbers = ", ".join(sorted({number.split("_")[0] for number in ours}))
@@ -64,14 +86,15 @@ def run(
             progress.ended(job.folder)
 
 
-def _submit(root: Path, jobs: list[Job], options: DictConfig) -> dict[str, str]:
+def _submit(executor: Any, jobs: list[Job]) -> dict[str, str]:
     """Hand members to Slurm as a job array; returns the job of each, by the name of its folder."""
-    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     prepare_data(jobs)
-    executor = submitit.AutoExecutor(root / FOLDER / "%j", "slurm", **_constructor(options))
-    executor.update_parameters(name="fmexp", **_parameters(options))
-    submitted = executor.map_array(SlurmJob(), jobs)
+    try:
+        submitted = executor.map_array(SlurmJob(), jobs)
+    except (FailedJobError, FailedSubmissionError) as error:  # with what sbatch says
+        raise ConfigError(f"hydra.launcher.slurm: Slurm takes no such job. {str(error).strip()}") from error
     return {job.folder.name: handed.job_id for job, handed in zip(jobs, submitted, strict=True)}
 
 
@@ -88,15 +111,17 @@ class SlurmJob:
         return submitit.helpers.DelayedSubmission(self, *arguments)
 
 
+def _ask() -> subprocess.CompletedProcess[str]:
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%F_%K"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def _queue() -> set[str]:
     """The jobs of this user that Slurm has, waiting or running: 12 or, of an array, 12_3."""
-    while True:
-        command = ["squeue", "--noheader", "--array", "--me", "--format=%F_%K"]
-        asked = subprocess.run(command, capture_output=True, text=True)
-        if asked.returncode == 0:
-            return {line.removesuffix("_N/A") for line in asked.stdout.split()}
+    while (asked := _ask()).returncode != 0:
         log.warning("Slurm does not answer: %s", asked.stderr.strip())
         time.sleep(POLL_S)
+    return {line.removesuffix("_N/A") for line in asked.stdout.split()}
 
 
 def _submitted(root: Path) -> dict[str, str]:
@@ -106,13 +131,3 @@ def _submitted(root: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return jobs
-
-
-def _constructor(options: DictConfig) -> dict[str, Any]:
-    """The arguments that submitit takes when the executor is made, and not with the others."""
-    return {key: value for key, value in options.items() if key == "slurm_max_num_timeout"}
-
-
-def _parameters(options: DictConfig) -> dict[str, Any]:
-    parameters: Any = OmegaConf.to_container(options)
-    return {key: value for key, value in parameters.items() if key not in _constructor(options)}

@@ -1,12 +1,16 @@
 """Sweeps that nothing disturbs: folders, table, picture, HPARAMS, dry run, skipping, extending, parallel execution."""
 
 import csv
+import errno
 import json
 import logging
 import os
 import pickle
+import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import program
@@ -19,7 +23,7 @@ from sweep_tools import SMALL, THREADS, Sweep, files, members, result
 
 from fmexp import compose, config, sweep
 from fmexp.config.hydra_versions import VERSION_BASE
-from fmexp.rundir import layout
+from fmexp.rundir import atomic, layout
 from fmexp.sweep.job import Composer, run
 from fmexp.sweep.launcher import Launcher
 
@@ -285,3 +289,121 @@ def test_recipes_carry_their_sweep(name: str, tmp_path: Path) -> None:
     assert len({tuple(row[1:-2]) for row in rows}) == len(rows)
     fewer = program.call("-m", f"experiment={name}", "seed=5", "sweep.dry_run=true", cwd=tmp_path)
     assert len(fewer.out.splitlines()) == len(rows) // 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    {
+        "no numbers": ("seed=range(0,0)", "seed=range(0,0) names no value."),
+        "no step": ("seed=range(0,3,0)", "seed=range(0,3,0): range() arg 3 must not be zero."),
+        "too many": ("seed=range(0,1000000000)", "seed=range(0,1000000000) names more than 100,000 values."),
+        "too many members": ("seed=range(0,999) model.hidden=[7],[8] optimizer.lr=range(1,99)", "195,804 members"),
+        "no options": ("model=glob(zzz*)", "model=glob(zzz*) names no value."),
+        "interval": ("seed=interval(1,3)", "seed=interval(1,3): an interval is for hydra/sweeper=optuna"),
+        "jobs 0": ("hydra.launcher.n_jobs=0", "hydra.launcher.n_jobs=0 must be at least 1"),
+        "jobs -5": ("hydra.launcher.n_jobs=-5", "hydra.launcher.n_jobs=-5 must be at least 1"),
+        "jobs abc": ("hydra.launcher.n_jobs=abc", "hydra.launcher.n_jobs=abc must be a whole number"),
+        "jobs 1.5": ("hydra.launcher.n_jobs=1.5", "hydra.launcher.n_jobs=1.5 must be a whole number"),
+        "jobs null": ("hydra.launcher.n_jobs=null", "'hydra.launcher.n_jobs' is not Optional"),
+        "batch 0": ("hydra.sweeper.max_batch_size=0", "hydra.sweeper.max_batch_size=0 must be at least 1"),
+        "batch -5": ("hydra.sweeper.max_batch_size=-5", "hydra.sweeper.max_batch_size=-5 must be at least 1"),
+        "batch abc": ("hydra.sweeper.max_batch_size=abc", "hydra.sweeper.max_batch_size=abc must be a whole number"),
+        "batch 1.5": ("hydra.sweeper.max_batch_size=1.5", "hydra.sweeper.max_batch_size=1.5 must be a whole number"),
+        "params": ("hydra.sweeper.params=abc", "hydra.sweeper.params: Cannot assign str to Dict"),
+        "a key of none": ("+hydra.launcher.jobs=2", "There is no key hydra.launcher.jobs. Did you mean"),
+        "array": ("hydra/launcher=slurm hydra.launcher.slurm.slurm_array_parallelism=abc",
+                  "hydra.launcher.slurm.slurm_array_parallelism=abc must be a whole number"),
+        "slurm": ("hydra/launcher=slurm hydra.launcher.slurm=abc", "hydra.launcher.slurm: Cannot assign str"),
+    }.values(),
+)  # fmt: skip
+def test_a_grid_of_nonsense_is_refused_in_words(words: str, message: str, tmp_path: Path) -> None:
+    done = program.call("-m", *SMALL, *words.split(), cwd=tmp_path)
+    assert done.status == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+@pytest.mark.parametrize("removed", ["", ".hydra"])
+def test_a_sweep_in_the_folder_of_a_run_is_refused(removed: str, sweeper: str, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert program.call(*SMALL, f"hydra.run.dir={root}", cwd=tmp_path).status == 0
+    if removed:
+        shutil.rmtree(root / removed)
+    before = files(root)
+    assert any("tfevents" in name for name in before)
+    done = program.call("-m", *SMALL, "seed=1,2", f"hydra/sweeper={sweeper}", f"hydra.sweep.dir={root}", cwd=tmp_path)
+    assert done.status == 1
+    assert f"{root} is the folder of a run" in done.err
+    assert "Name another with hydra.sweep.dir=<folder>." in done.err
+    assert files(root) == before
+
+
+def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    root = tmp_path / "sweep"
+    theirs = [root / "events.out.tfevents.1.host.1.0", root / "summary" / "events.out.tfevents.1.host.1.0.v2"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"theirs")
+    for seeds in ("1,2", "1,2,3"):
+        words = [*SMALL, f"seed={seeds}", f"hydra.sweep.dir={root}"]
+        assert program.call("-m", *words, cwd=tmp_path).status == 0
+        for path in theirs:
+            assert path.read_bytes() == b"theirs"
+            (ours,) = set(path.parent.glob("events.out.tfevents.*")) - {path}
+            assert ours.name.endswith(".sweep")
+    assert program.call(*SMALL, f"hydra.run.dir={root}/summary", cwd=tmp_path).status == 0
+    before = files(root / "summary")
+    sweep.conclude(root)
+    assert files(root / "summary") == before, "a run of that name"
+
+
+@pytest.mark.parametrize("name", ["multirun.yaml", "config.yaml", "model.pt", "result.json", "sweep.csv", "summary"])
+def test_a_full_disk_ends_a_sweep_in_words_and_it_goes_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, atomic_open = tmp_path / "sweep", atomic.atomic_open
+
+    def full(path: Path, keep: Path | None = None) -> AbstractContextManager[BinaryIO]:
+        if name in (path.name, path.parent.name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return atomic_open(path, keep)
+
+    words = [*SMALL, "seed=1,2", f"hydra.sweep.dir={root}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "atomic_open", full)
+        done = program.call("-m", *words, cwd=tmp_path)
+    assert done.status == 1
+    assert "Traceback" not in done.out + done.err
+    assert done.err.startswith("The disk is full ([Errno 28] No space left on device). What the sweep has is safe;")
+    assert done.err.rstrip().endswith(f"hydra.sweep.dir={root}")
+    assert not list(root.rglob("*.part"))
+    assert program.call("-m", *words, cwd=tmp_path).status == 0
+    assert [result(path)["status"] for path in members(root)] == ["complete"] * 2
+
+
+@pytest.mark.parametrize(
+    ("programs", "word", "message"),
+    [
+        ({}, "seed=1", "there is no Slurm here, for sbatch, srun, squeue cannot be found"),
+        (
+            {"sbatch": "", "srun": "", "squeue": "echo no route >&2; exit 1"},
+            "seed=1",
+            "Slurm does not answer (no route)",
+        ),
+        ({"sbatch": "", "srun": "", "squeue": ""}, "+hydra.launcher.slurm.colour=red", "hydra.launcher.slurm: "),
+    ],
+)
+def test_slurm_that_is_not_there_is_said_in_words(
+    programs: dict[str, str], word: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = program.call("-m", *SMALL, word, "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}/s", cwd=tmp_path)
+    assert done.status == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "s").exists()

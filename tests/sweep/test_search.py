@@ -1,11 +1,13 @@
 """Searches with Optuna: resumed to a total, equal to an undisturbed one, and with any launcher."""
 
+import os
+import re
 from pathlib import Path
 
 import optuna
 import program
 import pytest
-from sweep_tools import OWN, Gate, Sweep, files, members, result
+from sweep_tools import OWN, SMALL, Gate, Sweep, files, members, result
 
 from fmexp import compose, config, sweep
 from fmexp.rundir import layout
@@ -81,3 +83,111 @@ def test_recipe_searches_learning_rate_momentum_and_model(tmp_path: Path) -> Non
         assert member.status == "complete"
         assert {"optimizer.lr", "optimizer.momentum", "model"} <= member.overrides.keys()
     assert [state for state, _, _ in trials(tmp_path / "s")] == ["COMPLETE"] * 2
+
+
+SEARCH = (*SMALL, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2")
+LR = "optimizer.lr=interval(0.01,0.1)"
+SAMPLER = "hydra.sweeper.sampler._target_=optuna.samplers"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{LR} hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 must be at least 1."),
+        (f"{LR} hydra.sweeper.n_trials=-1", "hydra.sweeper.n_trials=-1 must be at least 1."),
+        (f"{LR} hydra.sweeper.n_trials=abc", "hydra.sweeper.n_trials=abc must be a whole number"),
+        (f"{LR} hydra.sweeper.n_trials=1.5", "hydra.sweeper.n_trials=1.5 must be a whole number"),
+        (f"{LR} hydra.sweeper.n_trials=true", "hydra.sweeper.n_trials=True must be a whole number"),
+        (f"{LR} hydra.sweeper.n_trials=null", "'hydra.sweeper.n_trials' is not Optional"),
+        (f"{LR} hydra.sweeper.n_jobs=-1", "hydra.sweeper.n_jobs=-1 must be at least 1."),
+        (f"{LR} hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs=0 must be at least 1."),
+        (f"{LR} hydra.sweeper.n_jobs=1.5", "hydra.sweeper.n_jobs=1.5 must be a whole number"),
+        (f"{LR} hydra.sweeper.seed=-1", "hydra.sweeper.seed=-1 must be at least 0."),
+        (f"{LR} hydra.sweeper.seed=abc", "hydra.sweeper.seed=abc must be a whole number"),
+        (f"{LR} hydra.sweeper.seed=4294967296", "hydra.sweeper.seed=4294967296 must be below 4294967296."),
+        (f"{LR} hydra.sweeper.params=abc", "hydra.sweeper.params: Cannot assign str to Dict"),
+        (f"{LR} +hydra.sweeper.n_tirals=3", "There is no key hydra.sweeper.n_tirals. Did you mean"),
+        (f"{LR} hydra.sweeper.sampler=tpe", "hydra.sweeper.sampler=tpe must be a mapping with _target_"),
+        (f"{LR} hydra.sweeper.sampler=null", "hydra.sweeper.sampler=None must be a mapping with _target_"),
+        (f"{LR} +hydra.sweeper.sampler.nothing=1", "unexpected keyword argument 'nothing'"),
+        (f"{LR} +hydra.sweeper.sampler.n_startup_trials=abc", "TPESampler cannot choose trial 0: '<' not supported"),
+        (
+            f"{LR} {SAMPLER}.BruteForceSampler",
+            "BruteForceSampler cannot choose trial 0: FloatDistribution.step must",
+        ),
+        (f"{LR} {SAMPLER}.GridSampler", "GridSampler cannot choose trial 0: Error in call to target"),
+        (f"{LR} {SAMPLER}.Nope", "Nope cannot choose trial 0: Error locating target 'optuna.samplers.Nope'"),
+        (f"{LR} hydra.sweeper.sampler._target_=builtins.dict", "builtins.dict cannot choose trial 0: 'dict' object"),
+        ("seed=1", "hydra/sweeper=optuna has nothing to search"),
+        ("optimizer.lr=interval(0.2,0.1)", "optimizer.lr=interval(0.2,0.1) cannot be searched: `low <= high` must"),
+        ("optimizer.lr=tag(log,interval(0,1))", "optimizer.lr=tag(log,interval(0,1)) cannot be searched: `low > 0`"),
+        ("optimizer.lr=interval(0.1,inf)", "optimizer.lr=inf must be a finite number."),
+        ("optimizer.lr=interval(-0.1,0.1)", "optimizer.lr=-0.1 must be at least 0.0."),
+        ("optimizer.lr=0.1,fast", "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        ("train.batch_size=interval(1,8)", "train.batch_size=3.674 must be a whole number, such as 4."),
+        ("seed=range(0,0)", "seed=range(0,0) names no value."),
+        ("seed=range(0,3,0)", "seed=range(0,3,0): range() arg 3 must not be zero."),
+        ("model=glob(zzz*)", "model=glob(zzz*) names no value."),
+        ("optimizer=sgd,nope", "Could not find 'optimizer/nope'."),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_search_that_cannot_be_is_refused_in_words(words: str, message: str, tmp_path: Path) -> None:
+    done = program.call("-m", *SEARCH, *words.split(), cwd=tmp_path)
+    assert done.status == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_whose_trials_all_diverge_is_a_result(tmp_path: Path) -> None:
+    done = program.call(
+        "-m", *SEARCH, "optimizer.lr=interval(1e30,1e31)", f"hydra.sweep.dir={tmp_path}/s", cwd=tmp_path
+    )
+    assert done.status == 0, done.err
+    assert "all of 2 trials diverged, so none is the best" in done.out
+    assert [state for state, _, _ in trials(tmp_path / "s")] == ["PRUNED"] * 2
+
+
+@pytest.mark.parametrize("content", [b"no database " * 100, None], ids=["garbage", "folder"])
+def test_a_file_that_is_no_search_is_said_in_words(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "s" / "optuna.db"
+    if content is None:
+        file.mkdir(parents=True)
+    else:
+        file.parent.mkdir()
+        file.write_bytes(content)
+    done = program.call("-m", *SEARCH, LR, f"hydra.sweep.dir={tmp_path}/s", cwd=tmp_path)
+    assert done.status == 1
+    assert re.match(rf"{file} cannot be used: (file is not a database|unable to open database file)\.", done.err)
+    assert "Traceback" not in done.err
+    assert content is None or file.read_bytes() == content
+
+
+def test_a_second_search_in_the_folder_is_refused(tmp_path: Path) -> None:
+    words = ("-m", *SEARCH, LR, f"hydra.sweep.dir={tmp_path}/s")
+    with layout.lock(tmp_path / "s"):
+        done = program.call(*words, cwd=tmp_path)
+        assert done.status == 1
+        assert f"process {os.getpid()} on " in done.err
+        assert "is running in this folder. Wait for it, or name another folder." in done.err
+        assert not (tmp_path / "s" / "optuna.db").exists()
+        assert program.call(*words, "sweep.dry_run=true", cwd=tmp_path).status == 0, "to look is allowed"
+        grid = program.call("-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/s", cwd=tmp_path)
+        assert grid.status == 0, "so is a grid, whose members are locked one by one"
+    assert program.call(*words, cwd=tmp_path).status == 0
+    assert [state for state, _, _ in trials(tmp_path / "s")] == ["COMPLETE"] * 2
+
+
+def test_state_that_another_user_may_have_pickled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, me = tmp_path / "s", os.geteuid()
+    words = ("-m", *SEARCH, LR, f"hydra.sweep.dir={root}")
+    assert program.call(*words, "hydra.sweeper.n_trials=1", cwd=tmp_path).status == 0
+    before = files(root)
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    for sampler in (f"{SAMPLER}.CmaEsSampler", "hydra.sweeper.sampler._target_=mine.Sampler"):
+        done = program.call(*words, sampler, cwd=tmp_path)
+        assert done.status == 1
+        assert f"{root}/optuna.db belongs to another user, and {sampler.partition('=')[2]} may execute" in done.err
+        assert files(root) == before
+    assert program.call(*words, cwd=tmp_path).status == 0, "with a sampler that pickles nothing"
