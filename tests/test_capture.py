@@ -358,7 +358,7 @@ class Counting(torch.optim.SGD):
         (("model._target_=test_capture.OwnDraws",), PYTHON),
         (("optimizer=custom", "optimizer._target_=test_capture.Counting"), PYTHON),
         (("model._target_=test_capture.Draws",), PYTHON),
-        (("model._target_=test_capture.Hooked",), "the model has hooks"),
+        (("model._target_=test_capture.Hooked",), "the optimizer or the model has hooks"),
         (("optimizer=custom", "optimizer._target_=test_capture.PythonAdam"), PYTHON),
     ],
 )  # fmt: skip
