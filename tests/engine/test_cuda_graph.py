@@ -470,7 +470,8 @@ def test_the_step_of_every_model_and_optimizer_stays_on_a_cuda_device(model: str
             net = hydra.utils.instantiate(cfg.model, input_shape=(3, 32, 32), num_classes=10)
             split = datasets.Split(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
             data = datasets.Dataset(split, split, ["class"] * 10, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
-            chosen, update = torch.arange(4), optim.build_optimizer(cfg.optimizer, net)
+            with Elsewhere():  # its first steps are on numbers of its own
+                chosen, update = torch.arange(4), optim.build_optimizer(cfg.optimizer, net)
             for _ in range(2):  # in the first one constants are copied there
                 with Elsewhere() as elsewhere:
                     images, labels = data.take(split, chosen)
