@@ -1,7 +1,6 @@
 """Building a run from a configuration, with a message for whatever cannot be built."""
 
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -81,7 +80,7 @@ def _arguments(node: DictConfig) -> list[str]:
     return [name for name in inspect.signature(hydra.utils.get_method(node._target_)).parameters if name not in ours]
 
 
-def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> Callable[..., Any]:
+def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> partial[Any]:
     """The target of `node` with its arguments, after a check that it can be imported and takes them."""
     try:
         function: partial[Any] = instantiate(arguments, _partial_=True)
@@ -92,9 +91,10 @@ def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any
 
 
 def _stage(name: str, node: DictConfig) -> Stage:
-    arguments = {k: v for k, v in node.items() if k not in ("enabled", "required", "when")}
+    arguments = {k: v for k, v in node.items() if k not in ("enabled", "required", "when", "changes")}
     function = _bound(f"stage.{name}", node, arguments, None)
-    return Stage(name, str(getattr(node.when, "name", node.when)), bool(node.get("required", False)), function)
+    required, changes = (bool(node.get(switch, False)) for switch in ("required", "changes"))
+    return Stage(name, str(getattr(node.when, "name", node.when)), required, changes, function)
 
 
 def _model(cfg: DictConfig, dataset: datasets.Dataset, images: Tensor) -> nn.Module:

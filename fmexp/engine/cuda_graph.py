@@ -229,6 +229,7 @@ AS_THEY_ARE = (
 def bits(value: Any) -> Any:
     """A nested value with its tensors as bytes, so that == says whether it is the same to the bit."""
     if isinstance(value, Tensor):
+        value = value.to_dense() if value.is_sparse else value
         return value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
         return {name: bits(part) for name, part in value.items()}

@@ -155,7 +155,7 @@ def replace(run: Run) -> None:
 
 @pytest.mark.parametrize("change", ["halve", "freeze", "forget", "replace", "loosen"])
 def test_what_a_stage_changes_is_captured_anew(both: Callable[..., CpuGraph], tmp_path: Path, change: str) -> None:
-    stage = f"+stage.change={{_target_:test_cuda_graph.{change},when:log}}"
+    stage = f"+stage.change={{_target_:test_cuda_graph.{change},when:log,changes:true}}"
     recorder = both(*LIGHT, *MLP, stage, "train.log_every=16", "train.epochs=2")
     assert recorder.recorded == 2
     assert len(lines(tmp_path / "graph", "INFO")) == 2
@@ -201,12 +201,12 @@ def test_a_tensor_that_is_neither_parameter_nor_buffer_goes_on_too(
 
 
 def test_a_setting_that_changes_once_an_epoch_is_captured_each_time(both: Callable[..., CpuGraph]) -> None:
-    stage = "+stage.change={_target_:test_cuda_graph.halve,when:epoch}"
+    stage = "+stage.change={_target_:test_cuda_graph.halve,when:epoch,changes:true}"
     assert both(*LIGHT, stage, "train.epochs=6").recorded == 6
 
 
 def test_a_setting_that_changes_all_the_time_is_captured_ever_more_rarely(both: Callable[..., CpuGraph]) -> None:
-    stage = "+stage.change={_target_:test_cuda_graph.halve,when:log}"
+    stage = "+stage.change={_target_:test_cuda_graph.halve,when:log,changes:true}"
     recorder = both(*LIGHT, stage, "train.log_every=1", "train.epochs=4")
     # 64 steps: a capture after 3 plain ones, and after 6, 12 and 24 more, each used for none
     assert recorder.recorded == 4
