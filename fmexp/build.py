@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fmexp import datasets, rng
@@ -41,23 +41,13 @@ def build(cfg: DictConfig) -> Run:
         raise
     except Exception as error:
         raise _unbuildable("dataset", cfg.dataset, error) from error
-    shape, classes = dataset.input_shape, len(dataset.classes)
-    given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
-    rng.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
-    try:
-        model = instantiate(cfg.model, input_shape=shape, num_classes=classes)
-    except Exception as error:
-        raise _unbuildable("model", cfg.model, error, given) from error
-    _check_kind("model", cfg.model, model, nn.Module)
-    model = model.to(device)
     with rng.fork(rng.derive_seed(cfg.seed, "batch")):
         dataset = dataset.to(device)
         images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
+    few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
+    model = _model(cfg, dataset, few)
     with eval_mode(model, cfg.seed):
-        _check_model(cfg.model, model, images[:2], classes, given)
-        steps = total_steps(cfg, dataset)
         _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
-        few, keys, compiled = images[:2], cfg.backend, cfg.train.compile
         how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
     try:
@@ -94,7 +84,7 @@ def _arguments(node: DictConfig) -> list[str]:
     return [name for name in inspect.signature(hydra.utils.get_method(node._target_)).parameters if name not in ours]
 
 
-def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> Callable[..., Any]:
+def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> partial[Any]:
     """The target of `node` with its arguments, after a check that it can be imported and takes them."""
     try:
         function: partial[Any] = instantiate(arguments, _partial_=True)
@@ -105,9 +95,35 @@ def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any
 
 
 def _stage(name: str, node: DictConfig) -> Stage:
-    arguments = {k: v for k, v in node.items() if k not in ("enabled", "required", "when")}
+    arguments = {k: v for k, v in node.items() if k not in ("enabled", "required", "when", "changes")}
     function = _bound(f"stage.{name}", node, arguments, None)
-    return Stage(name, str(getattr(node.when, "name", node.when)), bool(node.get("required", False)), function)
+    required, changes = (bool(node.get(switch, False)) for switch in ("required", "changes"))
+    return Stage(name, str(getattr(node.when, "name", node.when)), required, changes, function)
+
+
+def _model(cfg: DictConfig, dataset: datasets.Dataset, images: Tensor) -> nn.Module:
+    """The model, on the device of some images, which it has been seen to take."""
+    shape, classes, node = dataset.input_shape, len(dataset.classes), cfg.model
+    given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
+    rng.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
+    try:
+        model: nn.Module = instantiate(node, input_shape=shape, num_classes=classes)
+    except Exception as error:
+        raise _unbuildable("model", node, error, given) from error
+    _check_kind("model", node, model, nn.Module)
+    model.to(images.device)
+    if _lazy(model):
+        model.eval()  # the first images draw the weights, from where the drawing of the other layers ended
+        _check_model(node, model, images, classes, given)
+        model.train()
+    if lazy := _lazy(model):
+        raise ConfigError(
+            f"model._target_={node._target_} leaves {', '.join(lazy)} out in eval mode, so that no image tells their "
+            "shape. A layer that is not lazy has it from the beginning."
+        )
+    with eval_mode(model, cfg.seed):
+        _check_model(node, model, images, classes, given)
+    return model
 
 
 def _check_kind(key: str, node: DictConfig, made: object, kind: type) -> None:
@@ -127,6 +143,11 @@ def _check_model(node: DictConfig, model: nn.Module, images: Tensor, classes: in
             f"model._target_={node._target_} returns {shape} for {len(images)} images where logits "
             f"({len(images)}, {classes}) are needed: {given}."
         )
+
+
+def _lazy(model: nn.Module) -> list[str]:
+    """The parameters and buffers that have no shape before the model has seen images."""
+    return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
 
 
 def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: int, steps: int) -> None:

@@ -1,11 +1,14 @@
 """A run as its stages see it: what they may read, and how they are executed without disturbing the training."""
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -15,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fmexp import datasets, rng
 from fmexp.engine.backend import Backend
+from fmexp.engine.cuda_graph import bits
 from fmexp.engine.evaluation import Evaluation, evaluate
 from fmexp.rundir.atomic import disk_full
 
@@ -23,12 +27,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its YAML has it: call `function(run)` at the moment `when`."""
+    """A stage as its YAML has it: call `function(run)` at the moment `when`.
+
+    Attributes:
+        changes: whether what it does to the weights and the optimizer stays; else that is put back.
+    """
 
     name: str
     when: str
     required: bool
-    function: Callable[["Run"], None]
+    changes: bool
+    function: partial[None]
+
+    @property
+    def watched(self) -> bool:
+        """fmexp's own stages change nothing, as tests prove, and are not made to wait for copies of the weights."""
+        return not self.changes and not self.function.func.__module__.startswith("fmexp.stages.")
 
 
 @dataclass
@@ -65,6 +79,7 @@ class Run:
     output_dir: Path = field(init=False)
     writer: SummaryWriter = field(init=False)
     _evaluations: dict[str, Evaluation] = field(default_factory=dict, init=False)
+    _told: set[str] = field(default_factory=set, init=False)  # stages that were warned of
 
     def evaluate(self, split: str) -> Evaluation:
         """What the model, as it is now, says of a split ("train" or "test"): one pass, kept until the next batch."""
@@ -102,14 +117,56 @@ class Run:
                 self._execute(stage)
 
     def _execute(self, stage: Stage) -> None:
-        try:
-            with eval_mode(self.model, rng.derive_seed(self.cfg.seed, stage.name, self.step)):
-                stage.function(self)
-        except Exception as error:
-            if stage.required or disk_full(error):
-                raise
-            log.exception("stage %s failed at step %d; the run goes on without it", stage.name, self.step)
-            self.failures[stage.name] = f"step {self.step}: {type(error).__name__}: {error}"
+        before = _Trained(self.model, self.optimizer) if stage.watched else None
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            try:
+                with eval_mode(self.model, rng.derive_seed(self.cfg.seed, stage.name, self.step)):
+                    stage.function(self)
+            except Exception as error:
+                if stage.required or disk_full(error):
+                    raise
+                log.exception("stage %s failed at step %d; the run goes on without it", stage.name, self.step)
+                self.failures[stage.name] = f"step {self.step}: {type(error).__name__}: {error}"
+            changed = before.put_back() if before else []
+        if changed and stage.name not in self._told:
+            self._told.add(stage.name)
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            log.warning(
+                "stage %s changed %s, and each time this is put back: `changes: true` in its YAML lets it stay",
+                stage.name, ", ".join(changed[:5]) + more,
+            )  # fmt: skip
+        if stage.changes:
+            self.forget_evaluations()
+
+
+class _Trained:
+    """What a training step changes, and how, as it is at one moment."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self.optimizer, self.grad = model, optimizer, torch.is_grad_enabled()
+        self.parameters = [(*named, named[1].detach().clone(), named[1].requires_grad)
+                           for named in model.named_parameters()]  # fmt: skip
+        self.state = copy.deepcopy(optimizer.state_dict())
+
+    def put_back(self) -> list[str]:
+        """Give back what is not as it was, and return its names."""
+        changed = ["the grad mode"] if torch.is_grad_enabled() != self.grad else []
+        now: dict[str, Any] = dict(self.model.named_parameters())
+        for name, parameter, value, trained in self.parameters:
+            path, _, attribute = name.rpartition(".")
+            if now.get(name) is not parameter:
+                self.model.get_submodule(path).register_parameter(attribute, parameter)
+            if now.get(name) is not parameter or bits(parameter) != bits(value):
+                changed.append(name)
+                with torch.no_grad():
+                    parameter.copy_(value)
+            if parameter.requires_grad != trained:
+                changed.append(f"requires_grad of {name}")
+                parameter.requires_grad_(trained)
+        if bits(self.optimizer.state_dict()) != bits(self.state):
+            changed.append("the optimizer")
+            self.optimizer.load_state_dict(self.state)
+        return changed
 
 
 @contextmanager

@@ -187,19 +187,19 @@ class TaggedStage(Stage):
 
 @dataclass
 class ImageGrid(TaggedStage):
-    images: int = limited(4, least=1)  # how many
+    images: int = limited(4, least=1, most=1000)  # how many
     layout: str = limited("grid", one_of=("grid", "images"))
 
 
 @dataclass
 class Projector(TaggedStage):
-    images: int = limited(100, least=1)  # how many points
+    images: int = limited(100, least=1, most=10_000)  # how many points
     features: str | None = None
 
 
 @dataclass
 class Predictions(TaggedStage):
-    images: int = limited(4, least=1)  # how many of the batch, from its first on; no more than train.batch_size
+    images: int = limited(4, least=1, most=100)  # how many of the batch, from its first; at most train.batch_size
 
 
 @dataclass

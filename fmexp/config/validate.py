@@ -177,7 +177,7 @@ def _check_stage(key: str, stage: Any) -> None:
             raise ConfigError(f"{key}.{needed} is missing: a stage names its function and its moment ({moments}).")
     if str(getattr(stage.when, "name", stage.when)) not in Moment.__members__:
         raise ConfigError(f"{key}.when={stage.when} must be one of {moments}.")
-    for switch in ("enabled", "required"):
+    for switch in ("enabled", "required", "changes"):
         if not isinstance(stage.get(switch, True), bool):
             raise ConfigError(f"{key}.{switch}={stage[switch]} must be true or false.")
 

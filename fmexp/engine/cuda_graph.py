@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmexp import rng
-from fmexp.engine.step import Step
+from fmexp.engine.step import Step, has_step_hooks
 from fmexp.errors import first_line
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class GraphedStep:
         if changed or state.host_random(before) != state.host_random(after):
             raise RuntimeError("it changes what Python keeps, or draws random numbers there")
         if state.hooked:
-            raise RuntimeError("the model has hooks")
+            raise RuntimeError("the optimizer or the model has hooks")
 
     def _give_up(self, error: Exception) -> None:
         self.possible = False
@@ -167,7 +167,7 @@ class _State:
             step, and so a graph, may change what they hold.
         fixed: everything else of the model and of the optimizer, and where these tensors are: what a graph keeps
             as it was at the capture.
-        hooked: whether the model has hooks, which are Python.
+        hooked: whether the model or the optimizer has hooks, which are Python.
 
     Raises:
         Exception: something of a kind that cannot be compared.
@@ -179,7 +179,7 @@ class _State:
         own = [{k: v for k, v in vars(module).items() if k not in INTERNAL} for module in model.modules()]
         parts = [own, list(model.parameters()), list(model.buffers()), vars(optimizer)]
         owners = (*model.modules(), *model.parameters())
-        self.hooked = any(getattr(owner, kind, None) for owner in owners for kind in HOOKS)
+        self.hooked = has_step_hooks(optimizer) or any(getattr(o, kind, None) for o in owners for kind in HOOKS)
         self.fixed = self.hooked, self._compared(parts, found)
         self.tensors = list(found.values())
 
@@ -229,6 +229,7 @@ AS_THEY_ARE = (
 def bits(value: Any) -> Any:
     """A nested value with its tensors as bytes, so that == says whether it is the same to the bit."""
     if isinstance(value, Tensor):
+        value = value.to_dense() if value.is_sparse else value
         return value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
         return {name: bits(part) for name, part in value.items()}

@@ -21,21 +21,32 @@ class Evaluation:
     loss: float
 
     @cached_property
+    def guesses(self) -> Tensor:
+        """The most probable class of each image, int64 [N]."""
+        return self.probabilities.argmax(1)
+
+    @cached_property
     def accuracy(self) -> float:
         """The share of images whose most probable class is the true one."""
-        return int(self.confusion.diagonal().sum()) / len(self.labels)
+        return int((self.guesses == self.labels).sum()) / len(self.labels)
 
     @cached_property
     def confusion(self) -> Tensor:
         """How many images of class i (row) were taken for class j (column): int64 [K, K]."""
         classes = self.probabilities.shape[1]
-        pairs = self.labels * classes + self.probabilities.argmax(1)
+        pairs = self.labels * classes + self.guesses
         return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+    @cached_property
+    def images_per_class(self) -> Tensor:
+        """How many images are of each class, int64 [K]."""
+        return torch.bincount(self.labels, minlength=self.probabilities.shape[1])
 
     @cached_property
     def per_class_accuracy(self) -> Tensor:
         """The accuracy within each class, float64 [K]; NaN for a class without images."""
-        return self.confusion.diagonal().double() / self.confusion.sum(1)
+        right = self.labels[self.guesses == self.labels].bincount(minlength=self.probabilities.shape[1])
+        return right.double() / self.images_per_class
 
     def precision_recall(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Precision and recall of one class at every distinct probability, from high to low.
@@ -64,11 +75,13 @@ def evaluate(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Evaluation:
     """Run the model (in the mode it is in) over a split of the dataset; the loss is the mean cross-entropy."""
-    indices = torch.arange(length(split))
-    logits, labels = [], []
-    for images, targets in batches(dataset, split, indices, BATCH, device=device, num_workers=num_workers):
-        logits.append(model(images.to(memory_format=memory_format)).float())
-        labels.append(targets)
-    all_logits, all_labels = torch.cat(logits).cpu(), torch.cat(labels).cpu()
-    loss = float(F.cross_entropy(all_logits.double(), all_labels))
-    return Evaluation(F.softmax(all_logits, 1), all_labels, loss)
+    count = length(split)
+    probabilities, labels = torch.empty(count, len(dataset.classes)), torch.empty(count, dtype=torch.int64)
+    losses = torch.empty(count, dtype=torch.float64)
+    seen = 0
+    for images, targets in batches(dataset, split, torch.arange(count), BATCH, device=device, num_workers=num_workers):
+        logits, targets = model(images.to(memory_format=memory_format)).float().cpu(), targets.cpu()
+        part = slice(seen, seen := seen + len(targets))
+        probabilities[part], labels[part] = F.softmax(logits, 1), targets
+        losses[part] = F.cross_entropy(logits.double(), targets, reduction="none")
+    return Evaluation(probabilities, labels, float(losses.mean()))

@@ -2,11 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 # Images float32 [B, C, H, W] and labels int64 [B] to the loss before the update, a scalar tensor. Plain, compiled or a
 # CUDA graph: whoever trains calls a step and does not know which it is.
@@ -26,11 +29,33 @@ def train_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: T
 
 
 def update(optimizer: Optimizer) -> None:
-    """Update the weights without the wrappers for profiling, hooks and torch.compile around `Optimizer.step`.
+    """Update the weights; torch's own optimizers without the wrappers for profiling, hooks and torch.compile.
 
     The wrappers cost 60 us a step, as much as the update of a small model.
     """
-    if wrapped := vars(optimizer).get("step"):  # by a scheduler, which warns where its wrapper is left out
-        wrapped()
+    bare = _bare(type(optimizer).step)
+    if bare is None or "step" in vars(optimizer) or has_step_hooks(optimizer):
+        optimizer.step()
     else:
-        inspect.unwrap(type(optimizer).step)(optimizer)
+        bare(optimizer)
+
+
+@cache
+def _bare(step: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What torch's wrappers around an optimizer's `step` call; None where the step or a wrapper is not torch's.
+
+    A wrapper says by its globals who wrote it, for functools.wraps copies everything else from what is wrapped.
+    """
+
+    def foreign(layer: Any) -> bool:
+        return not getattr(layer, "__globals__", {}).get("__name__", "").startswith("torch.optim.")
+
+    innermost = inspect.unwrap(step, stop=foreign)
+    return None if foreign(innermost) else innermost
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether functions are registered to be called at each step of this optimizer or of all: torch has no public way
+    to ask."""
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))

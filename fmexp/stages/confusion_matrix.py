@@ -8,30 +8,62 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from fmexp.engine.evaluation import Evaluation
 from fmexp.run import Run
 from fmexp.stages.figures import CARD, POINT, SMALL, add_figure, percent, short
 
 NUMBERED = 40  # classes up to which a cell has room for a number, and each class for its name
+DRAWN = 100  # classes up to which a cell can be seen
+PAIRS = 20  # that are named in place of the cells
 
 
 def confusion_matrix(run: Run, *, tag: str) -> None:
-    """Draw the share in per cent of each class's test images (row) that was taken for each class (column)."""
-    counts, names = run.evaluation.confusion, run.dataset.classes
-    totals, right = counts.sum(1), int(counts.diagonal().sum())
-    shares = counts / totals.clamp(min=1)[:, None]
+    """Draw the share in per cent of each class's test images (row) that was taken for each class (column).
+
+    With more than 100 classes, draw the pairs of classes that are confused most often, the first ones where equal.
+    """
+    names = run.dataset.classes
     grown = min(max(len(names) / 12, 1), 2)  # the more classes the larger, but no larger than a screen
     figure = Figure(figsize=(grown * CARD[0] / 100, grown * CARD[1] / 100), layout="tight")
-    axes = figure.add_subplot()
+    (_matrix if len(names) <= DRAWN else _pairs)(figure, run.evaluation, names, POINT * SMALL * grown)
+    add_figure(run, tag, figure)
+
+
+def _matrix(figure: Figure, evaluation: Evaluation, names: Sequence[str], size: float) -> None:
+    axes, counts = figure.add_subplot(), evaluation.confusion
+    totals = counts.sum(1)
+    shares = counts / totals.clamp(min=1)[:, None]
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    size = POINT * SMALL * grown
-    total = int(totals.sum())
-    axes.set_title(f"accuracy {percent(right, total, 1)}%, {total:,} test images", fontsize=size)
+    _entitle(axes, int(counts.diagonal().sum()), int(totals.sum()), size)
     axes.set_xlabel("predicted (% of the actual class)", fontsize=size)
     axes.set_ylabel("actual", fontsize=size)
     bar = figure.colorbar(image, ticks=[0, 0.5, 1], format=PercentFormatter(1), pad=0.02, fraction=0.04)
     bar.ax.tick_params(labelsize=size)
-    _number(axes, names, counts, shares, POINT * min(SMALL, 0.7 * grown * CARD[1] / len(names)))
-    add_figure(run, tag, figure)
+    room = 0.7 * figure.get_size_inches()[1] * 100 / len(names)  # of a row, in pixels
+    _number(axes, names, counts, shares, min(POINT * SMALL, POINT * room))
+
+
+def _pairs(figure: Figure, evaluation: Evaluation, names: Sequence[str], size: float) -> None:
+    axes, wrong = figure.add_subplot(), evaluation.guesses != evaluation.labels
+    pairs = evaluation.labels[wrong] * len(names) + evaluation.guesses[wrong]
+    found, counts = pairs.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:PAIRS]
+    labels = []
+    for place, (pair, count) in enumerate(zip(found[order].tolist(), counts[order].tolist(), strict=True)):
+        actual, guess = divmod(pair, len(names))
+        share = percent(count, int(evaluation.images_per_class[actual]))
+        labels.append(f"{short(names[actual], 16)} \N{RIGHTWARDS ARROW} {short(names[guess], 16)}")
+        axes.text(count, place, f" {count} ({share}%)", va="center", fontsize=size * 0.7)
+    axes.barh(range(len(labels)), counts[order].tolist())
+    axes.set_yticks(range(len(labels)), labels, fontsize=size * 0.7)
+    axes.set(xticks=[], xmargin=0.2, ylim=(PAIRS - 0.5, -0.5))
+    _entitle(axes, int((~wrong).sum()), len(wrong), size)
+    axes.set_xlabel("images, and % of the actual class", fontsize=size)
+    axes.set_ylabel("actual \N{RIGHTWARDS ARROW} predicted", fontsize=size)
+
+
+def _entitle(axes: Axes, right: int, total: int, size: float) -> None:
+    axes.set_title(f"accuracy {percent(right, total, 1)}%, {total:,} test images", fontsize=size)
 
 
 def _number(axes: Axes, names: Sequence[str], counts: Tensor, shares: Tensor, size: float) -> None:

@@ -1,15 +1,17 @@
-"""What the figures in TensorBoard have in common: their size and words, and drawing without pyplot's global state."""
+"""What stages have in common: the size and words of figures, drawn without pyplot's global state, and their tags."""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fmexp.engine.evaluation import Evaluation
 from fmexp.run import Run
 
 # Pixels. TensorBoard's cards are 350 wide in IMAGES and 215 high in TIME SERIES, and show a larger picture by leaving
 # out pixels: twice that size loses every other one, which type of SMALL and more survives.
 CARD = 700, 430
 SMALL = 18
+TAGS = 100  # of one stage: TensorBoard draws each, and no one looks at more
 POINT = 72 / 100  # of a pixel at matplotlib's 100 dots an inch
 
 
@@ -18,6 +20,14 @@ def add_figure(run: Run, tag: str, figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     run.writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], run.step, dataformats="HWC")
+
+
+def commonest(evaluation: Evaluation) -> list[int]:
+    """The classes that have a tag of their own: all, or the TAGS with the most test images, the first ones where equal.
+
+    So they are the same at every step and in every member of a sweep.
+    """
+    return sorted(evaluation.images_per_class.argsort(descending=True, stable=True)[:TAGS].tolist())
 
 
 def short(name: str, limit: int) -> str:

@@ -1,14 +1,18 @@
 """A precision-recall curve a class, from the test split."""
 
 from fmexp.run import Run
+from fmexp.stages.figures import commonest
 
 
 def pr_curves(run: Run, *, tag: str, num_thresholds: int, weights: float | None) -> None:
-    """Write a curve a class from its true labels and its softmax probabilities; "{class}" in the tag is its name."""
+    """Write a curve a class from its true labels and its softmax probabilities; "{class}" in the tag is its name.
+
+    With more than 100 classes: of those with the most test images.
+    """
     evaluation = run.evaluation
-    for index, name in enumerate(run.dataset.classes):
+    for index in commonest(evaluation):
         run.writer.add_pr_curve(
-            tag.replace("{class}", name),
+            tag.replace("{class}", run.dataset.classes[index]),
             evaluation.labels == index,
             evaluation.probabilities[:, index],
             run.step,

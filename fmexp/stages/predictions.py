@@ -22,15 +22,15 @@ def predictions(run: Run, *, tag: str, images: int) -> None:
         probabilities = run.model(pixels).softmax(1)
     shown = run.dataset.displayable(pixels).permute(0, 2, 3, 1).squeeze(-1).numpy()
     figure = _blank(len(shown), shown.shape[1:])
-    names = [short(name, 11) for name in run.dataset.classes]  # as wide as an image, after "label: "
-    for axes, image, chances, label in zip(figure.axes, shown, probabilities.tolist(), labels.tolist(), strict=True):
-        guess = max(range(len(chances)), key=chances.__getitem__)
+    chances, guesses = (part.tolist() for part in probabilities.max(1))
+    for axes, image, chance, guess, label in zip(figure.axes, shown, chances, guesses, labels.tolist(), strict=True):
+        words = [short(run.dataset.classes[index], 11) for index in (guess, label)]  # as wide as an image
         if axes.images:  # a new one takes longer
             axes.images[0].set_data(image)
         else:
             axes.imshow(image, cmap="gray", vmin=0, vmax=1)
         axes.set_title(
-            f"{names[guess]}\n{chances[guess]:.1%}\nlabel: {names[label]}",
+            f"{words[0]}\n{chance:.1%}\nlabel: {words[1]}",
             color="green" if guess == label else "red",
             fontsize=POINT * SMALL,
             y=1,  # else matplotlib searches a place for it

@@ -1,15 +1,23 @@
 """The update: torch's own step without its wrapper, and fused where torch can; both beside the plain one."""
 
 import inspect
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from tools import lenet, noise
+from tools import assert_same_weights, interrupt, lenet, noise, small
+from torch import Tensor, nn
 
+from fmexp import execute
+from fmexp.build import build
 from fmexp.engine import optim, step
+from fmexp.errors import ConfigError
+
+QUIET = ("logging=light", "stage.per_class_accuracy.enabled=false")
 
 # The update
 
@@ -60,3 +68,77 @@ def test_the_fused_update_is_close_to_the_plain_one(name: str) -> None:
         optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.001, fused=fused)
         curves.append([float(step.train_step(model, optimizer, *batch)) for batch in noise(20)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+# What an optimizer cannot take
+
+
+class Embeds(nn.Module):
+    """Logits from the brightness of pixels, by an embedding with sparse gradients, and by a dense bias where `bias`."""
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int, bias: bool) -> None:
+        super().__init__()
+        self.of_brightness = nn.EmbeddingBag(256, num_classes, mode="mean", sparse=True)
+        self.bias = nn.Parameter(torch.zeros(num_classes)) if bias else 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.of_brightness((images * 127 + 128).long().flatten(1)) + self.bias  # type: ignore[no-any-return]
+
+
+class Complex(nn.Module):
+    """Complex weights, after numbers that are not trained."""
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.whole = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+        self.weight = nn.Parameter(torch.randn(prod(input_shape), num_classes, dtype=torch.complex64) / 28)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.flatten(1).to(torch.complex64) @ self.weight).abs()  # type: ignore[no-any-return]
+
+
+EMBEDS, COMPLEX = "model._target_=test_optim.Embeds", "model._target_=test_optim.Complex"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize("model", [(EMBEDS, "+model.bias=true"), (EMBEDS, "+model.bias=false"), (COMPLEX,)])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad"])
+def test_fused_is_not_forced_where_it_cannot_be(model: tuple[str, ...], optimizer: str, tmp_path: Path) -> None:
+    cfg = small(*QUIET, *model, "optimizer=custom", f"optimizer._target_=torch.optim.{optimizer}", "optimizer.lr=0.1")
+    assert not build(cfg).optimizer.defaults["fused"]
+    cfg.train.checkpoint_every = 1
+    execute(cfg, tmp_path / "whole")
+    interrupt(cfg, tmp_path / "parts", 7)
+    execute(cfg, tmp_path / "parts")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+class Twice(torch.optim.SGD):
+    """Wants the loss again."""
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        closure()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "model", "said"),
+    [
+        ("torch.optim.LBFGS", (), "computes the loss several times a step, which fmexp does not do"),
+        ("test_optim.Twice", (), "computes the loss several times a step, which fmexp does not do"),
+        ("torch.optim.SparseAdam", (), "cannot train this model: SparseAdam does not support dense gradients"),
+        ("torch.optim.Adam", (EMBEDS, "+model.bias=true"), "cannot train this model: Adam does not support sparse"),
+    ],
+)
+def test_what_an_optimizer_cannot_do_is_said_before_training(
+    optimizer: str, model: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"optimizer\._target_={optimizer} {said}"):
+        execute(small(*QUIET, *model, "optimizer=custom", f"optimizer._target_={optimizer}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_sparse_adam_trains_what_is_sparse(tmp_path: Path) -> None:
+    optimizer = "optimizer=custom", "optimizer._target_=torch.optim.SparseAdam"
+    execute(small(*QUIET, EMBEDS, "+model.bias=false", *optimizer), tmp_path)
+    assert (tmp_path / "model.pt").is_file()

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from stages_tools import Bytes, Drawn, Seen, numpy_confusion, picture
 from tools import scalars
 
 import fmexp.stages.figures
 from fmexp import datasets
+from fmexp.engine.evaluation import Evaluation
 from fmexp.run import Run
-from fmexp.stages import confusion_matrix
+from fmexp.stages import confusion_matrix, per_class_accuracy, pr_curves
 
 
 def test_per_class_accuracy_is_in_scalars_and_in_the_log(seen: Seen) -> None:
@@ -95,3 +97,49 @@ def test_a_confusion_matrix_fits_a_screen_and_its_words_their_places(
     assert all(above[0] > below[1] - 3 for below, above in itertools.pairwise(edges))  # a letter's box has a margin
     widest = max((text.get_window_extent().width for text in axes.texts), default=0)
     assert widest < axes.get_window_extent().width / classes
+
+
+# Many classes
+
+
+def many_classes(classes: int, patch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A run of 300 test images of every third class, of which the first 30 are taken for class 1, 20 for class 2."""
+    labels = torch.arange(300) * 3 % classes
+    guesses = labels.clone()
+    guesses[:30], labels[:30], guesses[30:50], labels[30:50] = 1, 3, 2, 6
+    seen = Evaluation(F.one_hot(guesses, classes).float(), labels, 0.0)
+    patch.setattr(Evaluation, "confusion", property(lambda _: pytest.fail("K x K numbers are asked for")))
+    writer = SimpleNamespace(
+        pictures=[], points={}, curves=[], add_pr_curve=lambda tag, *_, **__: writer.curves.append(tag),
+        add_image=lambda tag, image, step, dataformats: writer.pictures.append(image),
+        add_scalar=lambda tag, value, step: writer.points.update({tag: value}),
+    )  # fmt: skip
+    names = [f"class {index}" for index in range(classes)]
+    return SimpleNamespace(evaluation=seen, dataset=SimpleNamespace(classes=names), step=7, writer=writer)
+
+
+@pytest.mark.parametrize("classes", [901, 10_000])
+def test_of_many_classes_the_most_confused_pairs_are_drawn(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, figures = many_classes(classes, monkeypatch), list[Figure]()
+    monkeypatch.setattr(confusion_matrix, "add_figure", lambda run, tag, figure: figures.append(figure))
+    confusion_matrix.confusion_matrix(run, tag="any")  # type: ignore[arg-type]
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["class 3 → class 1", "class 6 → class 2"]
+    assert [text.get_text() for text in axes.texts] == [" 30 (100%)", " 20 (100%)"]
+    assert axes.get_title() == "accuracy 83.3%, 300 test images"
+    fmexp.stages.figures.add_figure(run, "any", figures[0])  # type: ignore[arg-type]
+    assert run.writer.pictures[0].shape == (860, 1400, 3)
+
+
+def test_no_more_classes_have_tags_than_anyone_looks_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = many_classes(10_000, monkeypatch)
+    caplog.set_level("INFO")
+    per_class_accuracy.per_class_accuracy(run, tag="within")  # type: ignore[arg-type]
+    pr_curves.pr_curves(run, tag="{class}", num_thresholds=5, weights=None)  # type: ignore[arg-type]
+    common = [3, 6, *range(150, 150 + 3 * 98, 3)]  # with 30, 20 and 1 images each
+    assert run.writer.curves == [f"class {index}" for index in common]
+    assert run.writer.points == {f"within/class {index}": float(index > 6) for index in common}
+    assert "accuracy of each class of the 100 with most images, of 10,000, on the test split\n  class 3 " in caplog.text
+    assert len(caplog.text.splitlines()) == 101

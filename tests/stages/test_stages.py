@@ -13,7 +13,7 @@ from stages_tools import MOMENTS, STAGES, Seen, final_model, find, only, picture
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from tools import assert_same_weights, read_events, scalars, small
+from tools import assert_same_weights, read_events, scalars, small, weights
 from torch import nn
 
 from fmexp import compose, datasets, execute
@@ -274,3 +274,62 @@ def test_what_a_stage_shows_depends_on_the_seed_and_not_on_other_stages(frail: C
 
     assert shown() == shown(*alone("image_grid", "start"))
     assert shown() != shown(*alone("image_grid", "start"), "seed=1")
+
+
+# Stages that change what is trained
+
+
+def change(run: Run, *, what: str) -> None:
+    """A stage that changes something, in place or by putting another in its place."""
+    weight = run.model.get_parameter("5.weight")
+    group = run.optimizer.param_groups[0]
+    with torch.no_grad():
+        if what == "weight":
+            weight.mul_(1.5)
+        elif what == "data":
+            weight.data = weight.data + 1
+        elif what == "layer":
+            run.model[5] = nn.Linear(256, 10)  # type: ignore[operator]
+    if what == "rate":
+        group["lr"] *= 2
+    elif what == "frozen":
+        weight.requires_grad_(requires_grad=False)
+    elif what == "momentum":
+        run.optimizer.state.clear()
+    elif what == "grad mode":
+        torch.set_grad_enabled(False)
+
+
+CHANGES = {
+    "weight": "5.weight", "data": "5.weight", "layer": "5.weight, 5.bias", "rate": "the optimizer",
+    "frozen": "requires_grad of 5.weight", "momentum": "the optimizer", "grad mode": "the grad mode",
+}  # fmt: skip
+CHANGE = "+stage.change={{_target_:test_stages.change,when:log,what:'{}'{}}}"
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_a_stage_changes_is_put_back_and_warned_of_once(what: str, frail: Callable[..., Path]) -> None:
+    folder = frail(*only(), CHANGE.format(what, ""))
+    assert_same_weights(folder, frail(*only()))
+    assert set(traces(folder)) == set(traces(frail(*only())))
+    warned = [line for line in (folder / "fmexp.log").read_text().splitlines() if "WARNING" in line]
+    (said,) = (line.partition("stage change changed ")[2] for line in warned)
+    assert said == f"{CHANGES[what]}, and each time this is put back: `changes: true` in its YAML lets it stay"
+
+
+@pytest.mark.parametrize("what", ["weight", "data", "rate", "frozen", "momentum"])
+def test_what_a_stage_says_that_it_changes_stays(what: str, frail: Callable[..., Path]) -> None:
+    folder = frail(*only(), CHANGE.format(what, ",changes:true"))
+    assert not torch.equal(weights(folder)["5.weight"], weights(frail(*only()))["5.weight"])
+    assert "WARNING" not in (folder / "fmexp.log").read_text()
+
+
+def test_an_evaluation_after_a_stage_that_changes_weights_is_of_the_new_ones(frail: Callable[..., Path]) -> None:
+    change = CHANGE.format("weight", ",changes:true").replace("when:log", "when:end")
+    folder = frail(*only("per_class_accuracy"), change, "+stage.late={_target_:test_stages.late,when:end}")
+    ((_, loss),) = scalars(read_events(folder), "late")
+    assert loss != json.loads((folder / "result.json").read_text())["metrics"]["test/loss"]
+
+
+def late(run: Run) -> None:
+    run.scalar("late", run.evaluation.loss)
