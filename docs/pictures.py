@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent / "tests" / "client"))
+sys.path[:0] = [str(DOCS.parent / "tests"), str(DOCS.parent / "tests" / "client")]
 
 import browser  # noqa: E402
 from playwright.sync_api import Page, ViewportSize  # noqa: E402
-from server import Server  # noqa: E402
+from program import TensorBoard  # noqa: E402
 
 from fmexp import compose, execute, sweep  # noqa: E402
 
@@ -117,8 +117,8 @@ def main(folder: Path) -> None:
         root = Path("runs")  # TensorBoard shows the path that it was given
         execute(compose(["experiment=tutorial"]), root / "tutorial")
         members = sweep.start(SWEEP, root / "sweep")
-        with Server(root, fast=True) as server, browser.pages(SIZE) as page:
-            server.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
+        with TensorBoard(root) as server, browser.pages(SIZE) as page:
+            server.wait("tutorial", *(f"sweep/{member.folder.name}" for member in members))
             for tab in TABS:
                 tab(page, server.url)
                 page.wait_for_timeout(2000)  # until nothing moves any more: for the eye, and not for being right

@@ -62,7 +62,7 @@ def test_the_tests_of_configuration_and_command_line_pass_with_all_three(tmp_pat
             shutil.copy(source, tmp_path)
     for diff in DIFFS:
         subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
-    words = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_conf.py", "tests/test_cli.py"]
+    words = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/config/test_conf.py", "tests/test_cli.py"]
     done = run(*words, cwd=tmp_path, command=(sys.executable, "-m", "pytest"), env=environment(tmp_path))
     assert done.status == 0, done.out
     assert (

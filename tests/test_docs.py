@@ -37,9 +37,9 @@ PLACES = {"multirun/<date>/<time>": SWEPT, "<folder>": SWEPT, "runs/<date>": SWE
 
 # A word of a command -> what is added so that nothing is trained, and why.
 NOT_HERE = {
-    "hydra/launcher=slurm": ("sweep.dry_run=true", "needs Slurm: tests/sweep/test_sweep_slurm.py looks for one"),
+    "hydra/launcher=slurm": ("sweep.dry_run=true", "needs Slurm: tests/sweep/test_slurm.py looks for one"),
     "hydra/launcher=joblib": ("sweep.dry_run=true", "starts processes, which takes its time: tests/sweep has them"),
-    "dataset=cifar10": ("--cfg=job", "170 MB to download: tests/test_datasets.py reads its format"),
+    "dataset=cifar10": ("--cfg=job", "170 MB to download: tests/datasets/test_catalog.py reads its format"),
 }
 # What makes a command small. It stands before the command's own words, so that these win.
 QUICK = ("train.max_steps=4", "train.num_workers=0", "device=cpu")

@@ -13,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torchvision.datasets import CIFAR10
 
 from fmexp import compose, execute
+from fmexp.models import LeNet
 from fmexp.trainer import Trainer
 
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu")
@@ -104,6 +106,21 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
     for name, tensor in state.items():
         assert tensor.dtype == expected[name].dtype, name
         assert tensor.numpy().tobytes() == expected[name].numpy().tobytes(), name
+
+
+def lenet(seed: int = 0) -> nn.Module:
+    """LeNet for images of 1x28x28 and 10 classes."""
+    torch.manual_seed(seed)
+    return LeNet(input_shape=(1, 28, 28), num_classes=10)
+
+
+def noise(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` batches of `size` images of 1x28x28 with labels of 10 classes, all random."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 1, 28, 28, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 class Interrupted(Exception):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server import Server
+from program import TensorBoard
 
 from fmexp import compose, datasets, execute, sweep
 
@@ -39,19 +39,19 @@ def members(logdir: Path) -> list[sweep.Member]:
 
 
 @pytest.fixture(scope="session", params=["fast", "slow"])
-def server(request: pytest.FixtureRequest, logdir: Path, members: list[sweep.Member]) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, logdir: Path, members: list[sweep.Member]) -> Iterator[TensorBoard]:
     """TensorBoard with its fast loader and, again, with its slow one."""
-    with Server(logdir, fast=request.param == "fast") as running:
-        running.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
+    with TensorBoard(logdir, fast=request.param == "fast") as running:
+        running.wait("tutorial", *(f"sweep/{member.folder.name}" for member in members))
         yield running
 
 
 @pytest.fixture(scope="session")
-def singles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def singles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TensorBoard]:
     """TensorBoard on two single runs with the default tags."""
     root = tmp_path_factory.mktemp("singles")
     for name, model in (("first", "lenet"), ("second", "mlp")):
         execute(compose([*SWEEP[:-1], "device=cpu", f"model={model}", "train.epochs=2"]), root / name)
-    with Server(root, fast=True) as running:
-        running.wait({"first", "second"})
+    with TensorBoard(root, fast=True) as running:
+        running.wait("first", "second")
         yield running

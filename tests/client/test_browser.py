@@ -6,7 +6,7 @@ from pathlib import Path
 import browser
 import pytest
 from playwright.sync_api import Page, expect
-from server import Server
+from program import TensorBoard
 
 from fmexp import datasets, sweep
 
@@ -18,10 +18,10 @@ CLASSES = "Trouser", "Sandal", "Ankle Boot"
 
 
 @pytest.fixture(scope="session")
-def tensorboard(logdir: Path, members: list[sweep.Member]) -> Iterator[Server]:
+def tensorboard(logdir: Path, members: list[sweep.Member]) -> Iterator[TensorBoard]:
     """TensorBoard as a user starts it."""
-    with Server(logdir, fast=True) as running:
-        running.wait({"tutorial", *(f"sweep/{member.folder.name}" for member in members)})
+    with TensorBoard(logdir, fast=True) as running:
+        running.wait("tutorial", *(f"sweep/{member.folder.name}" for member in members))
         yield running
 
 
@@ -39,7 +39,7 @@ def picture(request: pytest.FixtureRequest, page: Page) -> Iterator[None]:
     assert browser.save(page, SCREENSHOTS / f"{name}.png") > 16
 
 
-def test_time_series(page: Page, tensorboard: Server, members: list[sweep.Member]) -> None:
+def test_time_series(page: Page, tensorboard: TensorBoard, members: list[sweep.Member]) -> None:
     browser.open_tab(page, tensorboard.url, "timeseries", tags="^(test/accuracy|train/loss)$")
     for tag in ("test/accuracy", "train/loss"):
         card = page.locator("card-view").filter(has_text=tag).first
@@ -48,7 +48,7 @@ def test_time_series(page: Page, tensorboard: Server, members: list[sweep.Member
         expect(page.get_by_text(f"sweep/{member.folder.name}").first).to_be_visible()
 
 
-def test_time_series_opens_on_curves(page: Page, singles: Server) -> None:
+def test_time_series_opens_on_curves(page: Page, singles: TensorBoard) -> None:
     browser.open_tab(page, singles.url, "timeseries")
     page.locator("line-chart").first.wait_for()
     groups = page.locator("metrics-card-group-toolbar .group-title").all_inner_texts()
@@ -58,7 +58,7 @@ def test_time_series_opens_on_curves(page: Page, singles: Server) -> None:
     assert names == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss"]
 
 
-def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: Server) -> None:
+def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: TensorBoard) -> None:
     page.set_viewport_size({**browser.SIZE, "width": 2600})  # the table leaves out columns that are out of sight
     browser.open_tab(page, singles.url, "hparams")
     table = page.locator("tf-hparams-table-view")
@@ -72,19 +72,19 @@ def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: S
     assert table.get_by_text("within_class_accuracy").count() == 0  # TensorBoard shows the first five
 
 
-def test_scalars(page: Page, tensorboard: Server) -> None:
+def test_scalars(page: Page, tensorboard: TensorBoard) -> None:
     browser.open_tab(page, tensorboard.url, "scalars", runs="^tutorial$")
     expect(page.locator("tf-scalar-card").first).to_be_visible()
 
 
-def test_images(page: Page, tensorboard: Server) -> None:
+def test_images(page: Page, tensorboard: TensorBoard) -> None:
     browser.open_tab(page, tensorboard.url, "images", runs="^tutorial$")
     for tag, size in (("four_fashion_mnist_images", (122, 32)), ("predictions", (700, 230))):
         page.locator("tf-tag-filterer input").fill(tag)
         browser.wait_for_picture(page, *size)
 
 
-def test_graph(page: Page, tensorboard: Server) -> None:
+def test_graph(page: Page, tensorboard: TensorBoard) -> None:
     browser.open_tab(page, tensorboard.url, "graphs", runs="^tutorial$")
     node = page.locator("g.node[data-name='LeNet']").first
     node.wait_for()
@@ -93,7 +93,7 @@ def test_graph(page: Page, tensorboard: Server) -> None:
         page.locator(f"g.node[data-name='LeNet/{layer}']").first.wait_for()
 
 
-def test_projector(page: Page, tensorboard: Server, tutorial_data: datasets.Dataset) -> None:
+def test_projector(page: Page, tensorboard: TensorBoard, tutorial_data: datasets.Dataset) -> None:
     browser.open_tab(page, tensorboard.url, "projector")
     shown = browser.projector(page)
     shown.get_by_text("Points: 100").first.wait_for()
@@ -103,7 +103,7 @@ def test_projector(page: Page, tensorboard: Server, tutorial_data: datasets.Data
         shown.locator("vz-projector-legend").get_by_text(name, exact=True).first.wait_for()
 
 
-def test_pr_curves(page: Page, tensorboard: Server, tutorial_data: datasets.Dataset) -> None:
+def test_pr_curves(page: Page, tensorboard: TensorBoard, tutorial_data: datasets.Dataset) -> None:
     browser.open_tab(page, tensorboard.url, "pr_curves", runs="^tutorial$")
     page.get_by_text("is at step").first.wait_for()
     for name in CLASSES:
@@ -111,13 +111,13 @@ def test_pr_curves(page: Page, tensorboard: Server, tutorial_data: datasets.Data
         expect(page.get_by_text(name, exact=True).first).to_be_attached()
 
 
-def test_hparams(page: Page, tensorboard: Server, members: list[sweep.Member]) -> None:
+def test_hparams(page: Page, tensorboard: TensorBoard, members: list[sweep.Member]) -> None:
     browser.open_tab(page, tensorboard.url, "hparams")
     expect(page.get_by_text("optimizer.lr").first).to_be_visible()
     for member in members:
         expect(page.get_by_text(f"{member.objective:.4f}"[:5]).first).to_be_attached()
 
 
-def test_text(page: Page, tensorboard: Server) -> None:
+def test_text(page: Page, tensorboard: TensorBoard) -> None:
     browser.open_tab(page, tensorboard.url, "text", runs="^tutorial$")
     expect(page.get_by_text("batch_size: 4").first).to_be_visible()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from server import Server
+from program import TensorBoard
 
 from fmexp import datasets, sweep
 from fmexp.engine.evaluation import Evaluation, evaluate
@@ -23,18 +23,18 @@ def evaluation(logdir: Path, tutorial_data: datasets.Dataset) -> Evaluation:
     return evaluate(model.eval(), tutorial_data, tutorial_data.test, device=torch.device("cpu"))
 
 
-def test_scalars(server: Server, logdir: Path) -> None:
-    points = server.get("plugin/scalars/scalars", run="tutorial", tag="training loss")
+def test_scalars(server: TensorBoard, logdir: Path) -> None:
+    points = server.json("plugin/scalars/scalars", run="tutorial", tag="training loss")
     assert [step for _, step, _ in points] == [25, 50, 75, 100]
     result = json.loads((logdir / "tutorial" / "result.json").read_text())
     assert points[-1][2] == pytest.approx(result["metrics"]["training loss"], rel=1e-6)
-    accuracy = server.get("plugin/scalars/scalars", run="tutorial", tag="test/accuracy")
+    accuracy = server.json("plugin/scalars/scalars", run="tutorial", tag="test/accuracy")
     assert [(step, value) for _, step, value in accuracy] == [(100, pytest.approx(result["metrics"]["test/accuracy"]))]
 
 
-def test_images(server: Server, tutorial_data: datasets.Dataset) -> None:
+def test_images(server: TensorBoard, tutorial_data: datasets.Dataset) -> None:
     def picture(tag: str, step: int) -> np.ndarray:
-        samples = server.get("plugin/images/images", run="tutorial", tag=tag, sample=0)
+        samples = server.json("plugin/images/images", run="tutorial", tag=tag, sample=0)
         query = next(sample["query"] for sample in samples if sample["step"] == step)
         return np.asarray(Image.open(io.BytesIO(server.bytes(f"plugin/images/individualImage?{query}"))))
 
@@ -43,20 +43,20 @@ def test_images(server: Server, tutorial_data: datasets.Dataset) -> None:
     first = grid[2:30, 2:30].reshape(28, 28, -1)[..., 0]
     assert isinstance(tutorial_data.train, datasets.Split)
     assert (tutorial_data.train.images[:, 0].numpy() == first).all((1, 2)).any()  # a training image, to the byte
-    samples = server.get("plugin/images/images", run="tutorial", tag="predictions vs. actuals", sample=0)
+    samples = server.json("plugin/images/images", run="tutorial", tag="predictions vs. actuals", sample=0)
     assert [sample["step"] for sample in samples] == [25, 50, 75, 100]
     assert picture("predictions vs. actuals", 100).shape[:2] == (230, 700)
 
 
-def test_graph(server: Server) -> None:
-    assert "tutorial" in server.get("plugin/graphs/info")
+def test_graph(server: TensorBoard) -> None:
+    assert "tutorial" in server.json("plugin/graphs/info")
     graph = server.bytes("plugin/graphs/graph", run="tutorial", conceptual="false").decode()
     assert all(f"LeNet/{kind}" in graph for kind in ("Conv2d[conv1]", "MaxPool2d[pool]", "Linear[fc3]"))
 
 
-def test_projector(server: Server, tutorial_data: datasets.Dataset) -> None:
-    assert "tutorial" in server.get("plugin/projector/runs")
-    (embedding,) = server.get("plugin/projector/info", run="tutorial")["embeddings"]
+def test_projector(server: TensorBoard, tutorial_data: datasets.Dataset) -> None:
+    assert "tutorial" in server.json("plugin/projector/runs")
+    (embedding,) = server.json("plugin/projector/info", run="tutorial")["embeddings"]
     assert embedding["tensorShape"] == [100, 784]
     name = embedding["tensorName"]
     tensor = server.bytes("plugin/projector/tensor", run="tutorial", name=name)
@@ -73,9 +73,9 @@ def test_projector(server: Server, tutorial_data: datasets.Dataset) -> None:
     assert sprite.size == (280, 280)
 
 
-def test_pr_curves(server: Server, evaluation: Evaluation, tutorial_data: datasets.Dataset) -> None:
+def test_pr_curves(server: TensorBoard, evaluation: Evaluation, tutorial_data: datasets.Dataset) -> None:
     for index, name in enumerate(tutorial_data.classes):
-        (curve,) = server.get("plugin/pr_curves/pr_curves", run="tutorial", tag=name)["tutorial"]
+        (curve,) = server.json("plugin/pr_curves/pr_curves", run="tutorial", tag=name)["tutorial"]
         assert curve["step"] == 100
         probabilities, positive = evaluation.probabilities[:, index].numpy(), (evaluation.labels == index).numpy()
         for threshold, found in zip(curve["thresholds"], curve["true_positives"], strict=True):
@@ -86,14 +86,14 @@ def test_pr_curves(server: Server, evaluation: Evaluation, tutorial_data: datase
         assert curve["recall"][0] == pytest.approx(1.0)
 
 
-def test_text(server: Server) -> None:
-    (shown,) = server.get("plugin/text/text", run="tutorial", tag="config/text_summary")
+def test_text(server: TensorBoard) -> None:
+    (shown,) = server.json("plugin/text/text", run="tutorial", tag="config/text_summary")
     assert "drawn by fmexp" in shown["text"]
     assert "batch_size: 4" in shown["text"]
 
 
-def test_hparams_has_a_row_a_member(server: Server, members: list[sweep.Member]) -> None:
-    experiment = server.post("plugin/hparams/experiment", {})
+def test_hparams_has_a_row_a_member(server: TensorBoard, members: list[sweep.Member]) -> None:
+    experiment = server.json("plugin/hparams/experiment", {})
     columns = [info["name"] for info in experiment["hparamInfos"]]
     assert {"dataset", "model", "optimizer", "seed", "optimizer.lr", "optimizer.momentum", "optimizer.betas"} <= set(
         columns
@@ -101,7 +101,7 @@ def test_hparams_has_a_row_a_member(server: Server, members: list[sweep.Member])
     assert columns[:2] == ["optimizer", "optimizer.lr"]  # what varies comes first
     metrics = ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds"]
     assert metrics == [info["name"]["tag"] for info in experiment["metricInfos"]]
-    rows = server.post(
+    rows = server.json(
         "plugin/hparams/session_groups",
         {
             "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
@@ -123,8 +123,8 @@ def test_hparams_has_a_row_a_member(server: Server, members: list[sweep.Member])
 
 
 def test_hparams_of_single_runs_has_the_accuracy_first_and_the_classes_last(
-    singles: Server, tutorial_data: datasets.Dataset
+    singles: TensorBoard, tutorial_data: datasets.Dataset
 ) -> None:
-    metrics = [info["name"]["tag"] for info in singles.post("plugin/hparams/experiment", {})["metricInfos"]]
+    metrics = [info["name"]["tag"] for info in singles.json("plugin/hparams/experiment", {})["metricInfos"]]
     of_classes = sorted(f"within_class_accuracy/{name}" for name in tutorial_data.classes)
     assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds", *of_classes]

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from program import default_signals
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.hparams import metadata as hparams
@@ -138,31 +139,6 @@ class Driver:
 
 def run_dir(args: Sequence[str]) -> str:
     return next(arg.partition("=")[2] for arg in args if arg.startswith("hydra.run.dir="))
-
-
-def default_signals() -> None:
-    """Take back what the tests' own parent may have ignored; a shell does so with what it starts by `&`."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def alive(pid: int, number: int = 0) -> bool:
-    """Whether a process that the driver waits for is running; it is sent a signal with that."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for a condition, at most DEADLINE_S seconds, and return what it gave."""
-    end = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end:
-        if result := condition():
-            return result
-        time.sleep(0.02)
-    raise TimeoutError(f"{what}, for {DEADLINE_S} s")
 
 
 def records(path: Path) -> list[Event]:

@@ -1,9 +1,5 @@
 """What TensorBoard itself shows of runs that were killed and resumed: the real server, with both of its loaders."""
 
-import json
-import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability_tools import BARE, NO_STAGES, RICH, Driver, default_signals, digest, environment, until
+from program import TensorBoard, until
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, digest
 
 # All stages write at each running loss, so that before and after a kill there is something of each kind.
 ALL = (*RICH, "stage.pr_curves.when=log", "stage.predictions.when=log", "stage.per_class_accuracy.when=log",
@@ -20,89 +17,46 @@ ALL = (*RICH, "stage.pr_curves.when=log", "stage.predictions.when=log", "stage.p
 CLASS = "Sneaker"
 
 
-class TensorBoard:
-    """A server on a folder of runs, asked over HTTP."""
+def knows(server: TensorBoard, *runs: str) -> bool:
+    """Whether it has read to the end of runs, which is where a run says how it ended."""
+    statuses = server.statuses()
+    return all(statuses.get(run) == "STATUS_SUCCESS" for run in runs)
 
-    def __init__(self, logdir: Path, fast: bool) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1",
-                   "--port", str(self.port), "--load_fast", str(fast).lower(), "--reload_interval", "1",
-                   "--samples_per_plugin", "images=1000,pr_curves=1000,scalars=10000,text=1000"]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            preexec_fn=default_signals,
-        )  # fmt: skip
 
-    def ask(self, route: str, body: Any = None, **query: object) -> bytes:
-        url = f"http://127.0.0.1:{self.port}/data/{route}?{urllib.parse.urlencode(query)}"
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} if data else {}
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as response:
-            content: bytes = response.read()
-        return content
+def shows(server: TensorBoard, run: str) -> dict[str, Any]:
+    """All that it shows of a run, with the order of what it gave and without clock times."""
+    scalars = {
+        tag: [(step, value) for _, step, value in server.json("plugin/scalars/scalars", run=run, tag=tag)]
+        for tag in server.json("plugin/scalars/tags")[run]
+        if tag != "wall_seconds"
+    }
 
-    def json(self, route: str, body: Any = None, **query: object) -> Any:
-        return json.loads(self.ask(route, body, **query))
+    def picture(query: str) -> bytes:
+        return server.bytes("plugin/images/individualImage", **dict(urllib.parse.parse_qsl(query)))
 
-    def knows(self, *runs: str) -> bool:
-        """Whether it has read to the end of runs, which is where a run says how it ended."""
-        try:
-            return all(self.statuses().get(run) == "STATUS_SUCCESS" for run in runs)
-        except (urllib.error.URLError, ConnectionError, KeyError):
-            return False
-
-    def statuses(self) -> dict[str, str]:
-        """The rows of HPARAMS: run -> status."""
-        statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
-        body = {"allowedStatuses": statuses, "colParams": [], "startIndex": 0, "sliceSize": 100}
-        groups = self.json("plugin/hparams/session_groups", body)["sessionGroups"]
-        rows = [(session["name"], session["status"]) for group in groups for session in group["sessions"]]
-        assert len(rows) == len(dict(rows)) == len(groups)
-        return dict(rows)
-
-    def shows(self, run: str) -> dict[str, Any]:
-        """All that it shows of a run, with the order of what it gave and without clock times."""
-        scalars = {
-            tag: [(step, value) for _, step, value in self.json("plugin/scalars/scalars", run=run, tag=tag)]
-            for tag in self.json("plugin/scalars/tags")[run]
-            if tag != "wall_seconds"
-        }
-        images = {}
-        for tag in self.json("plugin/images/tags")[run]:
-            found = self.json("plugin/images/images", run=run, tag=tag, sample=0)
-            images[tag] = [(one["step"], digest(self.picture(one["query"]))) for one in found]
-        curves = {}
-        for tag in self.json("plugin/pr_curves/tags")[run]:
-            found = self.json("plugin/pr_curves/pr_curves", run=run, tag=tag)[run]
-            curves[tag] = [(one["step"], one["precision"], one["recall"]) for one in found]
-        embeddings = {}
-        for one in self.json("plugin/projector/info", run=run)["embeddings"]:
-            name = one["tensorName"]
-            assert name not in embeddings
-            embeddings[name] = [
-                digest(self.ask(f"plugin/projector/{what}", run=run, name=name))
-                for what in ("tensor", "metadata", "sprite_image")
-            ]
-        found = self.json("plugin/text/text", run=run, tag="config/text_summary")
-        texts = [(one["step"], digest(one["text"].encode())) for one in found]
-        graph = self.ask("plugin/graphs/graph", run=run, conceptual=False)
-        return {
-            "scalars": scalars, "images": images, "curves": curves, "embeddings": embeddings, "text": texts,
-            "graph": digest(graph), "status": self.statuses()[run],
-        }  # fmt: skip
-
-    def picture(self, query: str) -> bytes:
-        with urllib.request.urlopen(
-            f"http://127.0.0.1:{self.port}/data/plugin/images/individualImage?{query}", timeout=30
-        ) as response:
-            content: bytes = response.read()
-        return content
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+    images = {}
+    for tag in server.json("plugin/images/tags")[run]:
+        found = server.json("plugin/images/images", run=run, tag=tag, sample=0)
+        images[tag] = [(one["step"], digest(picture(one["query"]))) for one in found]
+    curves = {}
+    for tag in server.json("plugin/pr_curves/tags")[run]:
+        found = server.json("plugin/pr_curves/pr_curves", run=run, tag=tag)[run]
+        curves[tag] = [(one["step"], one["precision"], one["recall"]) for one in found]
+    embeddings = {}
+    for one in server.json("plugin/projector/info", run=run)["embeddings"]:
+        name = one["tensorName"]
+        assert name not in embeddings
+        embeddings[name] = [
+            digest(server.bytes(f"plugin/projector/{what}", run=run, name=name))
+            for what in ("tensor", "metadata", "sprite_image")
+        ]
+    found = server.json("plugin/text/text", run=run, tag="config/text_summary")
+    texts = [(one["step"], digest(one["text"].encode())) for one in found]
+    graph = server.bytes("plugin/graphs/graph", run=run, conceptual=False)
+    return {
+        "scalars": scalars, "images": images, "curves": curves, "embeddings": embeddings, "text": texts,
+        "graph": digest(graph), "status": server.statuses()[run],
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +77,15 @@ def logdir(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fast", "slow"])
 def tensorboard(request: pytest.FixtureRequest, logdir: Path) -> Iterator[TensorBoard]:
-    server = TensorBoard(logdir, request.param)
-    until(lambda: server.knows("truth", "killed", "early"), "TensorBoard does not show the runs")
-    yield server
-    server.close()
+    with TensorBoard(logdir, fast=request.param) as server:
+        until(lambda: knows(server, "truth", "killed", "early"), "TensorBoard to show the runs")
+        yield server
 
 
 @pytest.mark.parametrize("name", ["killed", "early"])
 def test_a_resumed_run_looks_like_any_other(tensorboard: TensorBoard, name: str) -> None:
-    until(lambda: set(tensorboard.json("plugin/projector/runs")) >= {"truth", name}, "no projector")
-    mine, its = tensorboard.shows(name), tensorboard.shows("truth")
+    until(lambda: set(tensorboard.json("plugin/projector/runs")) >= {"truth", name}, "the projector")
+    mine, its = shows(tensorboard, name), shows(tensorboard, "truth")
     for kind in its:
         assert mine[kind] == its[kind], kind
     every_4 = list(range(4, 33, 4))
@@ -158,20 +111,19 @@ def test_a_server_that_has_watched_the_kill(driver: Driver, tmp_path: Path, fast
     assert driver.run(*args, plan=plan).code == -9
     plan = [{"steps": 4, "match": "rename .checkpoint.pt.part$", "do": "KILL"}]  # points of step 16, a checkpoint of 15
     assert driver.run(*args, plan=plan).code == -9
-    server = TensorBoard(tmp_path, fast)
+    with TensorBoard(tmp_path, fast=fast) as server:
 
-    def steps(tag: str = "test/accuracy") -> list[int]:
-        try:
-            return [point[1] for point in server.json("plugin/scalars/scalars", run="watched", tag=tag)]
-        except (urllib.error.URLError, ConnectionError):
-            return []
+        def steps(tag: str = "test/accuracy") -> list[int]:
+            try:
+                return [point[1] for point in server.json("plugin/scalars/scalars", run="watched", tag=tag)]
+            except (urllib.error.URLError, ConnectionError):
+                return []
 
-    until(lambda: steps() == [16], "TensorBoard does not show the killed run")
-    assert driver.run(*args).code == 0
-    until(lambda: server.knows("watched") and steps()[-1:] == [32], "TensorBoard does not show the resumed run")
-    assert steps() == [16, 32]
-    assert steps("train/loss") == list(range(4, 33, 4))
-    server.close()
+        until(lambda: steps() == [16], "TensorBoard to show the killed run")
+        assert driver.run(*args).code == 0
+        until(lambda: knows(server, "watched") and steps()[-1:] == [32], "TensorBoard to show the resumed run")
+        assert steps() == [16, 32]
+        assert steps("train/loss") == list(range(4, 33, 4))
 
 
 def test_one_row_a_run_with_its_true_status(driver: Driver, tmp_path: Path) -> None:
@@ -187,10 +139,9 @@ def test_one_row_a_run_with_its_true_status(driver: Driver, tmp_path: Path) -> N
         assert driver.run(*BARE, failing, folder[name], **told).code == 1
     assert driver.run(*BARE, failing, folder["mended"]).code == 0
     for fast in (True, False):
-        server = TensorBoard(tmp_path, fast)
-        until(lambda server=server: server.knows("mended") and len(server.statuses()) == 4, "no runs are shown")
-        assert server.statuses() == {
-            "diverged": "STATUS_FAILURE", "unfinished": "STATUS_UNKNOWN", "failed": "STATUS_FAILURE",
-            "mended": "STATUS_SUCCESS",
-        }  # fmt: skip
-        server.close()
+        with TensorBoard(tmp_path, fast=fast) as server:
+            until(lambda server=server: knows(server, "mended") and len(server.statuses()) == 4, "four rows in HPARAMS")
+            assert server.statuses() == {
+                "diverged": "STATUS_FAILURE", "unfinished": "STATUS_UNKNOWN", "failed": "STATUS_FAILURE",
+                "mended": "STATUS_SUCCESS",
+            }  # fmt: skip

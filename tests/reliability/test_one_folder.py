@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability_tools import BARE, NO_STAGES, RICH, Driver, alive, all_events, assert_same, left, listing, until
+from program import alive, until
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, all_events, assert_same, left, listing
 
 import fmexp
 from fmexp import config
@@ -34,7 +35,7 @@ def test_one_process_and_a_lock_that_dies_with_it(
         assert f"process {pid} on {socket.gethostname()} is running in this folder" in refused.output
         assert "Traceback" not in refused.output
         assert listing(tmp_path / "run") == before
-    assert alive(pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     assert driver.wait(pid).code == -signal.SIGKILL
     goes_on = other_driver.run(*args)
     assert goes_on.code == 0, goes_on.output

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from reliability_tools import BARE, NO_STAGES, RICH, Driver, Ended, assert_same, default_signals, environment, until
+from program import default_signals, until
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, Ended, assert_same, environment
 
 from fmexp.rundir import checkpoint
 

@@ -1,16 +1,19 @@
 """A run that is asked to stop finishes its batch, saves itself, and says how to go on."""
 
+import os
 import re
 import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import pytest
-from reliability_tools import BARE, NO_STAGES, Driver, alive, assert_same, environment, listing, until
+from program import alive, until
+from reliability_tools import BARE, NO_STAGES, Driver, assert_same, environment, listing
 
 from fmexp import process
 from fmexp.process import Stop
@@ -68,7 +71,9 @@ def test_second_signal_ends_at_once(driver: Driver, tmp_path: Path) -> None:
 
     def ended() -> bool:
         time.sleep(0.1)
-        return not alive(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        return not alive(pid)
 
     until(ended, "the signals are ignored")
     assert driver.wait(pid).code == -signal.SIGTERM

@@ -3,16 +3,16 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import program
+from program import alive
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -74,13 +74,10 @@ class Sweep:
 
 def until(condition: Callable[[], Any], what: str, sweep: Sweep | None = None) -> Any:
     """Wait for a condition to hold, before the sweep ends, and return what it gave."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        if sweep and sweep.process.poll() is not None:
-            deadline = min(deadline, time.monotonic() + 1)
-        assert time.monotonic() < deadline, f"waited in vain for {what}\n{sweep.output if sweep else ''}"
-        time.sleep(0.05)
-    return value
+    try:
+        return program.until(condition, what, ended=lambda: sweep is not None and sweep.process.poll() is not None)
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{sweep.output if sweep else ''}") from None
 
 
 class Gate:
@@ -103,15 +100,6 @@ class Gate:
             lambda: len(self.waiting()) >= count and self.waiting(), f"{count} members at the gate", sweep
         )
         return found
-
-
-def alive(pid: int) -> bool:
-    """Whether any thread of a process runs; one that has ended and that nobody has asked about does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1  # the first thread may end before the others
-    except OSError:
-        return False
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -137,53 +125,6 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
-
-
-@contextmanager
-def tensorboard(logdir: Path) -> Iterator[Callable[..., Any]]:
-    """A TensorBoard over a folder; gives the function that asks it: ask(route, body) -> answer, None while it is not
-    up or reads."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def ask(route: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/data/{route}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
-                return json.load(answer)
-        except OSError:
-            return None
-
-    command = [sys.executable, "-W", "ignore", "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1",
-               "--port", str(port), "--reload_interval", "1"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield ask
-        finally:
-            process.kill()
-
-
-STATUSES = ("STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING")
-
-
-def hparams(ask: Callable[..., Any], rows: int, tag: str = "test/accuracy") -> dict[str, dict[str, Any]]:
-    """HPARAMS' rows, once there are so many, by the name of their run: status, settings and metrics."""
-    columns = [{"metric": {"tag": tag, "group": ""}, "order": "ORDER_DESC"}]
-    body = {"allowedStatuses": STATUSES, "colParams": columns, "startIndex": 0, "sliceSize": 1000}
-
-    def read() -> list[Any]:
-        groups = (ask("plugin/hparams/session_groups", body) or {}).get("sessionGroups", [])
-        return groups if len(groups) >= rows else []
-
-    found = {}
-    for group in until(read, f"{rows} rows in HPARAMS"):
-        (session,) = group["sessions"]
-        metrics = {m["name"]["tag"]: m["value"] for m in session.get("metricValues", [])}
-        found[session["name"]] = {"status": session["status"], "settings": group["hparams"], "metrics": metrics}
-    return found
 
 
 def fabricate(

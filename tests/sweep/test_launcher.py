@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from program import TensorBoard, alive
 from sweep_tools import (
     CHECKOUT,
     HERE,
@@ -16,13 +17,10 @@ from sweep_tools import (
     SMALL,
     Gate,
     Sweep,
-    alive,
     files,
-    hparams,
     member,
     members,
     result,
-    tensorboard,
     until,
 )
 
@@ -79,8 +77,8 @@ def test_a_failing_member_harms_no_other_and_is_executed_again(launcher: tuple[s
     assert "3 members: 2 complete, 1 failed" in first.output
     assert "1 of 3 members have no result; the same command goes on with them." in first.output
     assert first.output.count("the model b does not want to be trained\n") == 2, "when it happens, and in its details"
-    with tensorboard(root) as ask:
-        rows = hparams(ask, 3)
+    with TensorBoard(root) as server:
+        rows = server.hparams(3)
     assert [rows[f"{i}_tag-{t}"]["status"] for i, t in enumerate("abc")] == [
         "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_SUCCESS"]  # fmt: skip
 
@@ -89,8 +87,8 @@ def test_a_failing_member_harms_no_other_and_is_executed_again(launcher: tuple[s
     assert "(0 to train, 1 to resume, 2 to skip)" in second.output
     assert {tag: files(member(root, f"tag-{tag}")) for tag in "ac"} == before
     assert result(failed)["status"] == "complete"
-    with tensorboard(root) as ask:
-        assert {row["status"] for row in hparams(ask, 3).values()} == {"STATUS_SUCCESS"}
+    with TensorBoard(root) as server:
+        assert {row["status"] for row in server.hparams(3).values()} == {"STATUS_SUCCESS"}
 
 
 def test_a_member_that_cannot_be_built_is_told_of_in_its_own_log(tmp_path: Path) -> None:
@@ -164,15 +162,15 @@ def test_sigkill_of_parent_and_workers_and_then_the_same_command(tmp_path: Path,
     assert [m.status for m in sweep.read(root)] == ["interrupted", "interrupted"]
     (root / "2_tag-c").mkdir()  # what is left of a member that was killed before it had written anything
     (root / "2_tag-c" / ".lock").touch()
-    with tensorboard(root) as ask:
-        assert {row["status"] for row in hparams(ask, 2).values()} == {"STATUS_UNKNOWN"}  # its word for no end
+    with TensorBoard(root) as server:
+        assert {row["status"] for row in server.hparams(2).values()} == {"STATUS_UNKNOWN"}  # its word for no end
     second = Sweep(root, *words).end()
     assert "(1 to train, 2 to resume, 0 to skip)" in second.output
     assert resumed(member(root, "tag-a"))
     assert resumed(member(root, "tag-b"))
     assert_as(truth, root, "abc")
-    with tensorboard(root) as ask:
-        rows = hparams(ask, 3)
+    with TensorBoard(root) as server:
+        rows = server.hparams(3)
     assert {row["status"] for row in rows.values()} == {"STATUS_SUCCESS"}
 
 

@@ -75,7 +75,7 @@ def lines(folder: Path, level: str) -> list[str]:
         MLP,
         ("model=mlp", "optimizer=rmsprop", "optimizer.momentum=0.5"),
         ("model=mlp", "optimizer=adamw", "optimizer.weight_decay=0.1"),
-        ("model._target_=test_capture.Normed", "train.batch_size=8"),
+        ("model._target_=test_cuda_graph.Normed", "train.batch_size=8"),
     ],
 )
 def test_a_captured_run_is_the_plain_one_to_the_bit(
@@ -118,7 +118,7 @@ def test_a_captured_run_resumes_to_the_bit(graph: Callable[..., CpuGraph], tmp_p
 def test_what_a_stage_may_keep_of_a_batch_is_not_overwritten(graph: Callable[..., CpuGraph], tmp_path: Path) -> None:
     graph(CpuGraph())
     kept.clear()
-    execute(small(*LIGHT, "train.log_every=1", "+stage.keep={_target_:test_capture.keep,when:log}"), tmp_path)
+    execute(small(*LIGHT, "train.log_every=1", "+stage.keep={_target_:test_cuda_graph.keep,when:log}"), tmp_path)
     assert len(kept) == 16
     for images, labels, copies in kept:
         assert torch.equal(images, copies[0])
@@ -155,7 +155,7 @@ def replace(run: Run) -> None:
 
 @pytest.mark.parametrize("change", ["halve", "freeze", "forget", "replace", "loosen"])
 def test_what_a_stage_changes_is_captured_anew(both: Callable[..., CpuGraph], tmp_path: Path, change: str) -> None:
-    stage = f"+stage.change={{_target_:test_capture.{change},when:log}}"
+    stage = f"+stage.change={{_target_:test_cuda_graph.{change},when:log}}"
     recorder = both(*LIGHT, *MLP, stage, "train.log_every=16", "train.epochs=2")
     assert recorder.recorded == 2
     assert len(lines(tmp_path / "graph", "INFO")) == 2
@@ -173,7 +173,7 @@ class Cached(Normed):
 
 
 def test_a_tensor_that_another_batch_size_replaces_is_captured_anew(both: Callable[..., CpuGraph]) -> None:
-    recorder = both(*LIGHT, "model._target_=test_capture.Cached", "dataset.train_size=66", "train.epochs=3")
+    recorder = both(*LIGHT, "model._target_=test_cuda_graph.Cached", "dataset.train_size=66", "train.epochs=3")
     assert recorder.recorded == 3  # the evaluation after each epoch has another one
 
 
@@ -195,18 +195,18 @@ class Averages(Normed):
 def test_a_tensor_that_is_neither_parameter_nor_buffer_goes_on_too(
     both: Callable[..., CpuGraph], tmp_path: Path
 ) -> None:
-    assert both("model._target_=test_capture.Averages", "train.epochs=2").replays == 32 - cuda_graph.WARM_UP
+    assert both("model._target_=test_cuda_graph.Averages", "train.epochs=2").replays == 32 - cuda_graph.WARM_UP
     losses = [scalars(read_events(tmp_path / name), "test/loss") for name in ("plain", "graph")]
     assert losses[0] == losses[1]
 
 
 def test_a_setting_that_changes_once_an_epoch_is_captured_each_time(both: Callable[..., CpuGraph]) -> None:
-    stage = "+stage.change={_target_:test_capture.halve,when:epoch}"
+    stage = "+stage.change={_target_:test_cuda_graph.halve,when:epoch}"
     assert both(*LIGHT, stage, "train.epochs=6").recorded == 6
 
 
 def test_a_setting_that_changes_all_the_time_is_captured_ever_more_rarely(both: Callable[..., CpuGraph]) -> None:
-    stage = "+stage.change={_target_:test_capture.halve,when:log}"
+    stage = "+stage.change={_target_:test_cuda_graph.halve,when:log}"
     recorder = both(*LIGHT, stage, "train.log_every=1", "train.epochs=4")
     # 64 steps: a capture after 3 plain ones, and after 6, 12 and 24 more, each used for none
     assert recorder.recorded == 4
@@ -236,7 +236,7 @@ def test_a_hook_that_a_stage_adds_is_called_at_every_step_from_then_on(
     for name, given in (("plain", None), ("graph", CpuGraph())):
         graph(given)
         spied.clear()
-        stage = "+stage.spy={_target_:test_capture.spy,when:log}"
+        stage = "+stage.spy={_target_:test_cuda_graph.spy,when:log}"
         execute(small(*LIGHT, stage, "train.log_every=8", "train.epochs=2"), tmp_path / name)
         assert spied.count(True) == 32 - 8, name
     assert len(lines(tmp_path / "graph", "INFO")) == 1
@@ -351,15 +351,15 @@ class Counting(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (("model._target_=test_capture.Reads",), "operation not permitted when stream is capturing"),
-        (("model._target_=test_capture.Counts",), PYTHON),
-        (("model._target_=test_capture.Lists",), PYTHON),
-        (("model._target_=test_capture.Rebinds",), PYTHON),
-        (("model._target_=test_capture.OwnDraws",), PYTHON),
-        (("optimizer=custom", "optimizer._target_=test_capture.Counting"), PYTHON),
-        (("model._target_=test_capture.Draws",), PYTHON),
-        (("model._target_=test_capture.Hooked",), "the model has hooks"),
-        (("optimizer=custom", "optimizer._target_=test_capture.PythonAdam"), PYTHON),
+        (("model._target_=test_cuda_graph.Reads",), "operation not permitted when stream is capturing"),
+        (("model._target_=test_cuda_graph.Counts",), PYTHON),
+        (("model._target_=test_cuda_graph.Lists",), PYTHON),
+        (("model._target_=test_cuda_graph.Rebinds",), PYTHON),
+        (("model._target_=test_cuda_graph.OwnDraws",), PYTHON),
+        (("optimizer=custom", "optimizer._target_=test_cuda_graph.Counting"), PYTHON),
+        (("model._target_=test_cuda_graph.Draws",), PYTHON),
+        (("model._target_=test_cuda_graph.Hooked",), "the model has hooks"),
+        (("optimizer=custom", "optimizer._target_=test_cuda_graph.PythonAdam"), PYTHON),
     ],
 )  # fmt: skip
 def test_what_cannot_be_captured_is_trained_plainly_and_that_is_said(
@@ -383,7 +383,7 @@ class Endless(models.LeNet):
 def test_a_model_that_cannot_be_looked_through_is_trained_plainly(
     both: Callable[..., CpuGraph], tmp_path: Path
 ) -> None:
-    assert both(*LIGHT, "model._target_=test_capture.Endless").recorded == 0
+    assert both(*LIGHT, "model._target_=test_cuda_graph.Endless").recorded == 0
     (line,) = lines(tmp_path / "graph", "WARNING")
     assert "maximum recursion depth" in line
 
@@ -395,7 +395,7 @@ def obscure(run: Run) -> None:
 def test_what_a_stage_adds_and_cannot_be_compared_is_trained_plainly_from_then_on(
     both: Callable[..., CpuGraph], tmp_path: Path
 ) -> None:
-    stage = "+stage.obscure={_target_:test_capture.obscure,when:log}"
+    stage = "+stage.obscure={_target_:test_cuda_graph.obscure,when:log}"
     assert both(*LIGHT, stage, "train.log_every=8", "train.epochs=2").recorded == 1
     (line,) = lines(tmp_path / "graph", "WARNING")
     assert "cannot pickle 'generator' object" in line
@@ -539,7 +539,7 @@ def test_on_cuda_a_captured_run_resumes_to_the_bit(tmp_path: Path) -> None:
 @needs_cuda
 @pytest.mark.parametrize("model", ["Reads", "Counts", "Cached", "Averages"])
 def test_on_cuda_what_is_captured_anew_or_refused_is_the_plain_run_too(tmp_path: Path, model: str) -> None:
-    settings = (*LIGHT, "device=cuda", f"model._target_=test_capture.{model}", "train.epochs=2")
+    settings = (*LIGHT, "device=cuda", f"model._target_=test_cuda_graph.{model}", "train.epochs=2")
     for name, value in (("plain", "false"), ("graph", "auto")):
         execute(small(*settings, "dataset.train_size=66", f"train.compile={value}"), tmp_path / name)
     assert_same_weights(tmp_path / "plain", tmp_path / "graph")

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import program
 import pytest
 import torch
-from tools import interrupt, small
+import torch.nn.functional as F
+from tools import assert_same_weights, interrupt, lenet, noise, read_events, scalars, small
 from torch import Tensor, nn
 
 from fmexp import config, execute, models
 from fmexp.build import build
-from fmexp.engine import backend
+from fmexp.engine import backend, step
 from fmexp.errors import ConfigError
 
 DEFAULT = (torch._C._get_mkldnn_enabled(), torch.get_num_threads())
@@ -196,3 +198,90 @@ def test_a_weight_that_is_computed_is_trained(tmp_path: Path) -> None:
     first, last = torch.load(tmp_path / "model.pt"), WeightNorm(input_shape=(1, 28, 28), num_classes=10).state_dict()
     assert first.keys() == last.keys()
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "complete"
+
+
+LIGHT = ("logging=light", "stage.per_class_accuracy.enabled=false")
+
+
+# Kernels and threads
+
+
+def test_native_and_onednn_kernels_give_nearly_the_same_curve() -> None:
+    curves = []
+    for onednn in (True, False):
+        how = backend.Backend("cpu", 1, onednn, torch.__version__, "")
+        with how.applied():
+            model = lenet()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            curves.append([float(step.train_step(model, optimizer, *batch)) for batch in noise(20)])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-3)
+
+
+def test_the_kernels_and_threads_follow_from_the_work_a_batch() -> None:
+    threads = torch.get_num_threads()
+    chosen = {size: backend.choose(lenet(), noise(1)[0][0], size) for size in (4, 512)}
+    assert (chosen[4].threads, chosen[4].onednn) == (1, False)
+    assert (chosen[512].threads, chosen[512].onednn) == (threads, torch.backends.mkldnn.is_available())
+
+
+def test_onednn_has_the_channels_last_from_16_images_on() -> None:
+    def chosen(model: nn.Module, size: int, **settings: Any) -> bool:
+        return backend.choose(model, noise(1)[0][0], size, **settings).channels_last
+
+    assert not chosen(lenet(), 15)
+    assert chosen(lenet(), 16) == torch.backends.mkldnn.is_available()
+    assert not chosen(lenet(), 16, compiled=True)
+    assert not chosen(models.MLP(input_shape=(1, 28, 28), num_classes=10), 512), "it has no channels"
+    for name in (Viewing, ViewsInTraining, Asserts):
+        assert not chosen(name(input_shape=(1, 28, 28), num_classes=10), 512)
+
+
+class Viewing(models.LeNet):
+    """Flattens as the tutorial's network does, which takes the channels first alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = x.view(-1, self.fc1.in_features)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))  # type: ignore[no-any-return]
+
+
+class ViewsInTraining(models.LeNet):
+    """The same, but when it is trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.conv1(x).view(len(x), -1).mean() if self.training else 0)
+
+
+class Asserts(models.LeNet):
+    """Insists on the plain order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv1(x).is_contiguous()
+        return super().forward(x)
+
+
+ORDERED = ("train.batch_size=16", "dataset.train_size=330", "train.epochs=2", "train.log_every=1")  # the last: of 10
+
+
+def test_channels_last_gives_nearly_the_same_curve_and_a_view_trains_without(tmp_path: Path) -> None:
+    for name in ("fmexp.models.LeNet", "test_backend.Viewing"):
+        execute(small(*LIGHT, *ORDERED, f"model._target_={name}"), tmp_path / name)
+    results = [json.loads((folder / "result.json").read_text()) for folder in sorted(tmp_path.iterdir())]
+    assert [result["backend"]["channels_last"] for result in results] == [True, False]
+    curves = [scalars(read_events(folder), "train/loss") for folder in sorted(tmp_path.iterdir())]
+    assert len(curves[0]) == 42
+    assert np.array(curves[0]) == pytest.approx(np.array(curves[1]), abs=1e-3)
+    assert [value for _, value in curves[0]] != [value for _, value in curves[1]], "other kernels have other bits"
+
+
+def test_a_run_with_channels_last_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = (*ORDERED, "train.checkpoint_every=1")
+    execute(small(*settings), tmp_path / "whole")
+    execute(small(*settings, *LIGHT), tmp_path / "light")
+    assert_same_weights(tmp_path / "whole", tmp_path / "light")  # stages disturb nothing
+    assert interrupt(small(*settings), tmp_path / "resumed", 30)["backend"]["channels_last"]
+    with monkeypatch.context() as patch:  # what the checkpoint says counts, not today's rule
+        patch.setattr(backend, "MANY_IMAGES", 1000)
+        execute(small(*settings), tmp_path / "resumed")
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
+from program import CHECKOUT
 
 from fmexp.datasets.download import Remote, fetch, open_checked, read_idx
 from fmexp.errors import DataError
@@ -146,7 +147,7 @@ def start(folder: Path, mirror: str, files: list[Remote]) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=CHECKOUT,
     )
     assert process.stdout is not None
     line = process.stdout.readline()

@@ -14,7 +14,8 @@ import pytest
 from hydra.errors import HydraException
 from matplotlib import image
 from omegaconf import OmegaConf
-from sweep_tools import SMALL, THREADS, Sweep, files, hparams, members, result, tensorboard
+from program import TensorBoard
+from sweep_tools import SMALL, THREADS, Sweep, files, members, result
 
 from fmexp import compose, config, sweep
 from fmexp.config.hydra_versions import VERSION_BASE
@@ -69,10 +70,10 @@ def test_losses_are_ranked_upwards(tmp_path: Path) -> None:
 
 
 def test_hparams_has_a_row_a_member_and_all_their_keys(grid: Sweep) -> None:
-    with tensorboard(grid.root) as ask:
-        rows = hparams(ask, 4)
-        columns = ask("plugin/hparams/experiment", {})
-        runs = ask("runs")
+    with TensorBoard(grid.root) as server:
+        rows = server.hparams(4)
+        columns = server.json("plugin/hparams/experiment", {})
+        runs = server.json("runs")
     assert rows.keys() == {path.name for path in members(grid.root)}
     for path in members(grid.root):
         row, metrics = rows[path.name], result(path)["metrics"]

@@ -1,0 +1,207 @@
+"""The order of the training images and their batches, which depend on nothing hidden."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tools import assert_same_weights, small, weights
+from torch import Tensor, nn
+
+from fmexp import datasets, execute, models
+from fmexp.datasets import Dataset, Split
+
+CPU = torch.device("cpu")
+
+DIGITS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+
+
+@contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Fail if the block draws from, or seeds, a global generator."""
+    before = torch.get_rng_state(), repr(np.random.get_state(legacy=False)), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (repr(np.random.get_state(legacy=False)), random.getstate()) == before[1:]
+
+
+def test_batches_in_memory_hold_the_chosen_images_in_their_order() -> None:
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].repeat(1, 1, 2, 2)
+    split = Split(images, torch.arange(10))
+    dataset = Dataset(split, split, DIGITS)
+    indices = torch.tensor([7, 2, 9, 0, 4])
+    with untouched_random_state():
+        found = list(datasets.batches(dataset, split, indices, 2, device=CPU))
+    assert [labels.tolist() for _, labels in found] == [[7, 2], [9, 0], [4]]
+    for pixels, labels in found:
+        assert torch.equal(pixels, dataset.normalise(images[labels]))
+
+
+# The order
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_the_order_is_a_permutation(count: int) -> None:
+    order = datasets.order(3, 4, count)
+    assert order.dtype == torch.int64
+    assert order.sort().values.tolist() == list(range(count))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    torch.manual_seed(1)
+    with untouched_random_state():
+        first = datasets.order(3, 4, 1000)
+    torch.manual_seed(2)
+    datasets.order(9, 9, 10)
+    assert torch.equal(datasets.order(3, 4, 1000), first)
+    for seed, epoch in ((3, 5), (4, 4), (4, 3)):
+        same = int((datasets.order(seed, epoch, 1000) == first).sum())
+        assert same < 20  # 1 by chance
+
+
+# Data that does not fit in memory
+
+
+class Noisy(torch.utils.data.Dataset[Any]):
+    """Images of their own index with fresh noise from every generator that augmentations use."""
+
+    def __len__(self) -> int:
+        return 21
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        noise = torch.randn(1, 3, 4) + float(np.random.normal()) + random.gauss(0, 1)
+        return index + noise, index % 10
+
+
+def noisy_batches(num_workers: int, *, start: int = 0, seed: tuple[int, int] = (5, 1)) -> list[tuple[Tensor, Tensor]]:
+    split = Noisy()
+    dataset = Dataset(split, split, DIGITS)
+    indices = datasets.order(*seed, len(split))[start:]
+    with untouched_random_state():
+        return list(datasets.batches(dataset, split, indices, 4, device=CPU, num_workers=num_workers, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def noisy() -> list[tuple[Tensor, Tensor]]:
+    return noisy_batches(0)
+
+
+def assert_equal_batches(ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, Tensor]]) -> None:
+    assert len(ours) == len(theirs)
+    for (images, labels), (others, other_labels) in zip(ours, theirs, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, other_labels)
+
+
+def test_a_map_style_split_is_loaded_in_order_and_augmented(noisy: list[tuple[Tensor, Tensor]]) -> None:
+    assert [tuple(images.shape) for images, _ in noisy] == [(4, 1, 3, 4)] * 5 + [(1, 1, 3, 4)]
+    assert {(images.dtype, labels.dtype) for images, labels in noisy} == {(torch.float32, torch.int64)}
+    order = datasets.order(5, 1, 21)
+    assert torch.cat([labels for _, labels in noisy]).tolist() == (order % 10).tolist()
+    noise = torch.cat([images for images, _ in noisy]) - order.float()[:, None, None, None]
+    assert len(noise.flatten().unique()) > 200  # of 252: no sample's noise is another's
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("begun", [0, 3])
+def test_map_style_batches_do_not_depend_on_workers_or_on_where_one_begins(
+    noisy: list[tuple[Tensor, Tensor]], num_workers: int, begun: int
+) -> None:
+    torch.manual_seed(num_workers)
+    random.seed(num_workers)
+    np.random.seed(num_workers)
+    assert_equal_batches(noisy_batches(num_workers, start=4 * begun), noisy[begun:])
+
+
+@pytest.mark.parametrize("seed", [(5, 2), (6, 1)])
+def test_augmentation_changes_with_seed_and_epoch(noisy: list[tuple[Tensor, Tensor]], seed: tuple[int, int]) -> None:
+    def noise_by_index(batches: list[tuple[Tensor, Tensor]], seed: tuple[int, int]) -> dict[int, list[float]]:
+        images, order = torch.cat([images for images, _ in batches]), datasets.order(*seed, 21)
+        return {int(index): (image - index).flatten().tolist() for image, index in zip(images, order, strict=True)}
+
+    before, now = noise_by_index(noisy, (5, 1)), noise_by_index(noisy_batches(0, seed=seed), seed)
+    assert all(before[index] != now[index] for index in range(21))
+
+
+class Loaded(torch.utils.data.Dataset[Any]):
+    """A split of bytes, given out one normalised image at a time."""
+
+    def __init__(self, dataset: Dataset, split: Split) -> None:
+        self.dataset, self.split = dataset, split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.dataset.normalise(self.split.images[index][None])[0], int(self.split.labels[index])
+
+
+def loaded(train_size: int, test_size: int, image_size: int, seed: int) -> Dataset:
+    """The drawn garments as map-style splits."""
+    data = datasets.synthetic(train_size, test_size, image_size, seed)
+    return Dataset(Loaded(data, data.train), Loaded(data, data.test), data.classes)
+
+
+def test_a_run_on_map_style_data_equals_the_run_in_memory(tmp_path: Path) -> None:
+    fast = ("logging=light", "stage.image_grid.enabled=true", "train.epochs=2", "train.max_steps=20")
+    own = "dataset._target_=test_loader.loaded"
+    runs = {"memory": [], "0": [own, "train.num_workers=0"], "2": [own, "train.num_workers=2"]}
+    accuracy = {name: execute(small(*fast, *more), tmp_path / name) for name, more in runs.items()}
+    for name in ("0", "2"):
+        assert accuracy[name] == accuracy["memory"]
+        assert_same_weights(tmp_path / name, tmp_path / "memory")
+
+
+LIGHT = ("logging=light", "stage.per_class_accuracy.enabled=false")
+
+
+def test_normalising_a_batch_gives_the_bits_of_normalising_everything() -> None:
+    data = datasets.synthetic(64, 10, 28, 0)
+    assert isinstance(data.train, datasets.Split)
+    everything = data.train.images.float().div(255).sub(0.5).div(0.5)
+    order = torch.randperm(64)
+    for chosen in order.split(7):
+        assert torch.equal(data.take(data.train, chosen)[0], everything[chosen])
+
+
+@pytest.mark.parametrize("size", [28, 17])  # 17 x 17 pixels end in the midst of 64 bytes
+@pytest.mark.parametrize("batch_size", [3, 4, 600])
+def test_batches_are_the_same_and_as_aligned_wherever_one_begins(size: int, batch_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (1300, 1, size, size), generator=generator, dtype=torch.uint8)
+    data = datasets.Dataset(
+        datasets.Split(images, torch.arange(1300)), datasets.Split(images, torch.arange(1300)), "ab"
+    )
+    order = datasets.order(0, 0, 1300)
+    for begin in (0, 5 * batch_size):
+        expected = list(order[begin:].split(batch_size))
+        made = list(datasets.batches(data, data.train, order[begin:], batch_size, device=torch.device("cpu")))
+        assert len(made) == len(expected)
+        for (pixels, labels), chosen in zip(made, expected, strict=True):
+            assert torch.equal(labels, chosen)
+            assert torch.equal(pixels, data.normalise(images[chosen]))
+            assert pixels.data_ptr() % 64 == 0
+            assert pixels.is_contiguous()
+        shared = len(made) - len({pixels.untyped_storage().data_ptr() for pixels, _ in made})
+        assert (shared > 0) == (size == 28 and batch_size < 600), "made together"
+
+
+class Shifts(models.LeNet):
+    """Changes its input in place, by something that is trained."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.shift
+        return super().forward(x)
+
+
+def test_a_model_may_change_its_input_in_place(tmp_path: Path) -> None:
+    execute(small(*LIGHT, "model._target_=test_loader.Shifts"), tmp_path)
+    assert weights(tmp_path)["shift"] != 0
