@@ -1,6 +1,7 @@
 """Members side by side on this machine, each in a worker process of joblib's loky."""
 
 import logging
+import multiprocessing
 import os
 import queue
 import signal
@@ -92,7 +93,9 @@ def _in_worker() -> None:
     end, as by a signal, when the sweep itself was killed."""
     global _parent
     process.pause_gc()
-    _parent = os.getppid()
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+    _parent = starter.pid or 0  # not os.getppid(), for the sweep may be gone already
     os.setpgrp()
 
     def watch() -> None:
