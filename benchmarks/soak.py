@@ -3,14 +3,14 @@
     python benchmarks/soak.py [--minutes 20] [--seed 0] [--members lenet lstm ...]
 
 Each round is one sweep by joblib in a new folder, started again and again until it ends with status 0. Meanwhile
-processes get SIGKILL, SIGTERM and SIGINT, checkpoints come to harm, and second sweeps enter the folder. A seed draws the
-same disturbances, but not the same moments. Prints a line a round; exit status 1 after a difference or a hang, whose
-folder is kept. Linux only, for processes are found in /proc.
+processes get SIGKILL, SIGTERM and SIGINT, checkpoints come to harm, and second sweeps enter the folder. A round has a
+line. Exit status 1 after a difference or a hang, whose folder is kept. Linux only, for processes are found in /proc.
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -20,40 +20,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
-from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "reliability"))
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "reliability")]
 
-from reliability_tools import SMALL, default_signals, environment, left  # noqa: E402
+from program import default_signals  # noqa: E402
+from reliability_tools import SMALL, environment, left  # noqa: E402
 
 from fmexp.rundir import checkpoint, layout, results  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 HANG_S = 60  # without a change in the sweep's folder
-SPAN_S = 12  # within which the moment of a signal is drawn
 STARTS = 12  # of one sweep that are disturbed; those after them are not
-
-
-class LSTM(nn.Module):
-    """Reads an image row by row."""
-
-    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
-        super().__init__()
-        channels, _, width = input_shape
-        self.lstm = nn.LSTM(channels * width, 16, num_layers=2, dropout=0.2, batch_first=True)
-        self.head = nn.Linear(16, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        states, _ = self.lstm(images.transpose(1, 2).flatten(2))  # [B, C, H, W] -> [B, H, C * W]
-        logits: Tensor = self.head(states[:, -1])
-        return logits
 
 
 def kind(model: str, optimizer: str, logging: str, /, **more: dict[str, Any]) -> dict[str, Any]:
@@ -69,10 +54,10 @@ KINDS = {
     "lenet": kind("lenet", "adam", "tensorboard", stage={"projector": {"images": 6}, "predictions": {"when": "epoch"}}),
     "dropout": kind("mlp", "sgd", "light", model={"hidden": [32], "dropout": 0.3}, optimizer={"momentum": 0.9}),
     "resnet18": kind("resnet18", "sgd", "light", train={"max_steps": 18}),
-    "lstm": kind("lenet", "adam", "light", model={"_target_": "soak.LSTM"}),
+    "lstm": kind("lenet", "adam", "light", model={"_target_": "reliability_parts.LSTM"}),
     "batchnorm-loaded": kind("lenet", "sgd", "light", model={"_target_": "reliability_parts.Noisy"}, dataset=MAP_STYLE,
                              optimizer={"momentum": 0.9}, train={"num_workers": 2}),
-    "lstm-loaded": kind("lenet", "adam", "light", model={"_target_": "soak.LSTM"}, dataset=MAP_STYLE,
+    "lstm-loaded": kind("lenet", "adam", "light", model={"_target_": "reliability_parts.LSTM"}, dataset=MAP_STYLE,
                         train={"num_workers": 2}),
     "map-style": kind("mlp", "adam", "light", model={"hidden": [32]}, dataset=MAP_STYLE, train={"num_workers": 0}),
 }  # fmt: skip
@@ -86,6 +71,11 @@ class Process:
     group: int
     session: int
     command: str
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it is Python's or joblib's, that removes the semaphores of those that were killed."""
+        return "resource_tracker" in self.command
 
 
 def living(sessions: set[int]) -> list[Process]:
@@ -108,12 +98,12 @@ def send(pids: list[int], number: int) -> None:
 
 def targets(sweep: int) -> dict[str, list[list[int]]]:
     """What of a sweep can be sent a signal: kind -> the processes that get it together, one list for each choice."""
-    mine = living({sweep})
-    workers = [process for process in mine if "loky.backend.popen" in process.command]  # they lead groups of their own
+    mine = [process for process in living({sweep}) if not process.tracks]
+    others = [process for process in mine if process.group != sweep]  # workers, each of which leads a group
     found = {
         "sweep": [[sweep]],
-        "worker": [[process.pid] for process in workers if process.group in (process.pid, sweep)],
-        "loader": [[process.pid] for process in workers if process.group not in (process.pid, sweep)],
+        "worker": [[process.pid] for process in others if process.pid == process.group],
+        "loader": [[process.pid] for process in others if process.pid != process.group],
         "group": [[process.pid for process in mine if process.group == sweep]],
         "all": [[process.pid for process in mine]],
     }
@@ -137,6 +127,7 @@ class Round:
 
     def __init__(self, soak: "Soak", root: Path) -> None:
         self.soak, self.root, self.draw, self.counts = soak, root, soak.draw, soak.counts
+        self.order = self.draw.sample(soak.members, len(soak.members))
         self.started: list[subprocess.Popen[bytes]] = []
         self.told: Counter[str] = Counter()  # signals by name and target
         self.signalled: set[int] = set()  # the sweeps that were sent one
@@ -144,9 +135,9 @@ class Round:
 
     def start(self) -> subprocess.Popen[bytes]:
         self.counts["starts"] += 1
-        self.started.append(self.soak.start("--multirun", f"experiment={','.join(self.soak.members)}", "hydra/launcher=joblib",
-                                            "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={self.root}",
-                                            output=self.output(len(self.started))))  # fmt: skip
+        words = ("--multirun", f"experiment={','.join(self.order)}", "hydra/launcher=joblib",
+                 "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={self.root}")  # fmt: skip
+        self.started.append(self.soak.start(*words, output=self.output(len(self.started))))
         return self.started[-1]
 
     def output(self, number: int) -> Path:
@@ -165,32 +156,24 @@ class Round:
                 return
             self.damage()
         self.wait_for_ends()
+        # What a kill in the last moment leaves, the same command removes; from the sweep's own folder after an hour.
+        if left_over := [*self.root.rglob("*.part"), *self.root.glob("*/checkpoint*.pt")]:
+            for path in left_over:
+                os.utime(path, (0, 0))
+            self.attend(disturbed=False)
         self.compare()
 
     def attend(self, *, disturbed: bool) -> bool:
         """One start, or two that race, to their ends; whether one of them says that all is complete."""
-        draw, sweeps = self.draw, [self.start()]
-        second = draw.uniform(0, SPAN_S) if disturbed and draw.random() < 0.25 else None
-        moments = sorted(draw.uniform(0, SPAN_S) for _ in range(draw.choice((0, 1, 1, 1, 2, 3)))) if disturbed else []
-        from_start = draw.random() < 0.3  # else from when it begins to write
-        origin = began = changed = time.monotonic()
-        before = state_of(self.root)
-        while any([sweep.poll() is None for sweep in sweeps]):
-            time.sleep(0.02)
-            now = time.monotonic()
-            if (state := state_of(self.root)) != before:
-                origin = now if origin == began and not from_start else origin
-                before, changed = state, now
-            begun = from_start or origin > began
-            if second is not None and begun and now > origin + second:
-                sweeps.append(self.start())
-                self.counts["races"] += 1
-                second = None
-            if moments and begun and now > origin + moments[0]:
-                moments.pop(0)
-                self.disturb(draw.choice(sweeps))
-            if now > changed + HANG_S:
-                self.hang()
+        draw, sweeps, known = self.draw, [self.start()], self.checkpoints()
+        todo = [self.disturb] * draw.choice((1, 1, 1, 2, 3)) + [self.race] * (draw.random() < 0.25)
+        plan = sorted((draw.uniform(0, self.soak.span), number) for number in range(len(todo))) if disturbed else []
+        origin = time.monotonic() if draw.random() < 0.3 else math.inf  # else from the first new checkpoint
+        for _ in self.watch(lambda: all(sweep.poll() is not None for sweep in sweeps)):
+            if origin == math.inf and self.checkpoints() - known:
+                origin = time.monotonic()
+            while plan and time.monotonic() > origin + plan[0][0]:
+                todo[plan.pop(0)[1]](sweeps)
         self.check_complete()
         for sweep in sweeps:
             if sweep.returncode and sweep.pid not in self.signalled:
@@ -200,50 +183,71 @@ class Round:
             self.wait_for_ends()
         return any(sweep.returncode == 0 for sweep in sweeps)
 
-    def disturb(self, sweep: subprocess.Popen[bytes]) -> None:
-        if sweep.poll() is not None:
-            return
-        found, number = targets(sweep.pid), self.draw.choice(SIGNALS)
-        name = self.draw.choice(sorted(found))
-        send(self.draw.choice(found[name]), number)
-        self.signalled.add(sweep.pid)
-        self.counts["signals"] += 1
-        self.told[f"{number.name[3:]} {name}"] += 1
+    def race(self, sweeps: list[subprocess.Popen[bytes]]) -> None:
+        self.counts["races"] += 1
+        sweeps.append(self.start())
+
+    def disturb(self, sweeps: list[subprocess.Popen[bytes]]) -> None:
+        sweep, number = self.draw.choice(sweeps), self.draw.choice(SIGNALS)
+        if sweep.poll() is None and (found := targets(sweep.pid)):
+            name = self.draw.choice(sorted(found))
+            send(self.draw.choice(found[name]), number)
+            self.signalled.add(sweep.pid)
+            self.counts["signals"] += 1
+            self.told[f"{number.name[3:]} {name}"] += 1
+
+    def checkpoints(self) -> set[tuple[Path, int]]:
+        found = set()
+        for path in self.root.glob(f"*/{checkpoint.LATEST}"):
+            with suppress(FileNotFoundError):
+                found.add((path, path.stat().st_mtime_ns))
+        return found
+
+    def mine(self) -> list[Process]:
+        return living({sweep.pid for sweep in self.started})
+
+    def watch(self, done: Callable[[], bool]) -> Iterator[None]:
+        """Come back again and again until something is done; what changes nothing in the folder for long is ended."""
+        before, changed = state_of(self.root), time.monotonic()
+        while not done():
+            time.sleep(0.02)
+            if (state := state_of(self.root)) != before:
+                before, changed = state, time.monotonic()
+            elif time.monotonic() > changed + HANG_S:
+                self.hang()
+                changed = time.monotonic()
+            yield
 
     def wait_for_ends(self) -> None:
         """Wait for all processes of this round, workers and loading workers too."""
-        before, changed = state_of(self.root), time.monotonic()
-        while living({sweep.pid for sweep in self.started}):
-            time.sleep(0.1)
-            if (state := state_of(self.root)) != before:
-                before, changed = state, time.monotonic()
-            if time.monotonic() > changed + HANG_S:
-                self.hang()
+        for _ in self.watch(lambda: not self.mine()):
+            pass
 
     def hang(self) -> None:
         """Say where each process stands, and end it."""
         self.counts["hangs"] += 1
         self.soak.keep = True
-        processes = living({sweep.pid for sweep in self.started})
+        processes = self.mine()
         print(f"HANG in {self.root}, after {dict(self.told)}", flush=True)
         for process in processes:
             tasks = list(Path(f"/proc/{process.pid}/task").glob("*"))
             places = {where.read_text() for task in tasks if (where := task / "wchan").exists()}
             print(f"  {process.pid} (group {process.group}) {process.command}: {', '.join(sorted(places))}")
-        send([process.pid for process in processes], signal.SIGABRT)  # faulthandler prints Python's stacks
+        # To this faulthandler answers with Python's stacks, and ends.
+        send([process.pid for process in processes if not process.tracks], signal.SIGABRT)
         time.sleep(2)
-        send([process.pid for process in living({sweep.pid for sweep in self.started})], signal.SIGKILL)
+        send([process.pid for process in self.mine()], signal.SIGKILL)
         self.signalled |= {sweep.pid for sweep in self.started}
         for number in range(len(self.started)):
             _, mark, stacks = self.output(number).read_text(errors="replace").partition("Fatal Python error: Aborted")
             print(f"{self.output(number)}: {mark}{stacks}" if mark else "", flush=True)
 
     def damage(self) -> None:
-        """Harm a member's newest checkpoint where there is one before it, or remove a temporary file."""
-        folders = sorted(path.parent for path in self.root.glob(f"*/{layout.LOCK}"))
-        if not folders or self.draw.random() < 0.5:
+        """Now and then harm a member's newest checkpoint where there is one before it, and remove temporary files."""
+        held = [path.parent for name in (checkpoint.PREVIOUS, ".*.part") for path in self.root.glob(f"*/{name}")]
+        if not held or self.draw.random() < 0.3:
             return
-        folder = self.draw.choice(folders)
+        folder = self.draw.choice(sorted(set(held)))
         with suppress(filelock.Timeout, FileNotFoundError), filelock.FileLock(folder / layout.LOCK, timeout=0):
             for path in folder.glob(".*.part"):
                 path.unlink()
@@ -298,10 +302,11 @@ class Soak:
 
     def __init__(self, scratch: Path, members: list[str], seed: int, minutes: float) -> None:
         self.scratch, self.members, self.draw = scratch, members, random.Random(seed)
-        self.until = time.monotonic() + 60 * minutes
+        self.minutes, self.until = minutes, math.inf
         self.counts: Counter[str] = Counter()
         self.keep = False  # the folder, for somebody to look at
         self.truth: dict[str, dict[str, Any]] = {}
+        self.span = 0.0  # within so many seconds of a start, or of its first checkpoint, signals are sent
         for name, recipe in KINDS.items():
             path = scratch / "conf" / "experiment" / f"{name}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,24 +317,24 @@ class Soak:
 
     def start(self, *words: str, output: Path) -> subprocess.Popen[bytes]:
         """Start fmexp in a session of its own."""
-        environ = environment(PYTHONFAULTHANDLER="1", HYDRA_FULL_ERROR="0")
-        environ["PYTHONPATH"] += f"{os.pathsep}{HERE}"
         with output.open("wb") as file:
             return subprocess.Popen(
                 [sys.executable, "-m", "fmexp", "--config-dir", str(self.scratch / "conf"), *words, *WORDS],
-                env=environ, cwd=self.scratch, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=default_signals,
+                env=environment(PYTHONFAULTHANDLER="1"), cwd=self.scratch, start_new_session=True,
+                preexec_fn=default_signals, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     def undisturbed(self) -> None:
         """Execute each kind of member once, by itself."""
         for name in self.members:
-            folder, output = self.scratch / "truth" / name, self.scratch / f"{name}.txt"
+            began, (folder, output) = time.monotonic(), (self.scratch / "truth" / name, self.scratch / f"{name}.txt")
             if self.start(f"experiment={name}", f"hydra.run.dir={folder}", output=output).wait():
                 raise SystemExit(f"{name} fails undisturbed:\n{output.read_text()}")
             self.truth[name] = left(folder)
+            self.span = max(self.span, time.monotonic() - began)
 
     def run(self) -> None:
+        self.until = time.monotonic() + 60 * self.minutes
         while self.time_is_left():
             began, before = time.monotonic(), self.counts.copy()
             self.counts["sweeps"] += 1
@@ -337,7 +342,7 @@ class Soak:
             try:
                 sweep.run()
             finally:
-                send([process.pid for process in living({each.pid for each in sweep.started})], signal.SIGKILL)
+                send([process.pid for process in sweep.mine()], signal.SIGKILL)
             new = ", ".join(f"{count} {what}" for what, count in (self.counts - before).items() if what != "sweeps")
             told = ", ".join(f"{what} {count}" for what, count in sorted(sweep.told.items()))
             print(f"round {self.counts['sweeps']}: {new}; {told or 'no signal'}; {time.monotonic() - began:.0f} s",

@@ -11,7 +11,7 @@ from sweep_tools import CHECKOUT, OWN, Sweep, until
 # Python imports it when it starts: it holds a worker up, before that does anything, until the sweep is gone.
 HOLD = """
 import os, pathlib, sys, time
-if "joblib.externals.loky.backend.popen_loky_posix" in sys.orig_argv:
+if any("popen_loky" in word or "spawn_main" in word for word in sys.orig_argv):
     parent = os.getppid()
     pathlib.Path(os.environ["STARTED"], str(os.getpid())).touch()
     while os.getppid() == parent:
