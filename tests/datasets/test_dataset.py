@@ -1,8 +1,6 @@
 """Dataset: the very pixels of torchvision's transforms, and what cannot be trained on."""
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,6 @@ from torch import Tensor
 from fmexp import datasets
 from fmexp.datasets import Dataset, Split
 from fmexp.errors import ConfigError
-
-CPU = torch.device("cpu")
 
 DIGITS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
 
@@ -38,15 +34,6 @@ def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
     assert ours.dtype == theirs.dtype == torch.float32
     assert ours.shape == theirs.shape
     assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
-
-
-@contextmanager
-def untouched_random_state() -> Iterator[None]:
-    """Fail if the block draws from, or seeds, a global generator."""
-    before = torch.get_rng_state(), repr(np.random.get_state(legacy=False)), random.getstate()
-    yield
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (repr(np.random.get_state(legacy=False)), random.getstate()) == before[1:]
 
 
 # The pixels
@@ -87,33 +74,6 @@ def test_what_is_displayed_stays_in_range() -> None:
     dataset = in_memory(torch.zeros(2, 1, 2, 2, dtype=torch.uint8))
     noisy = torch.tensor([-7.0, -1.0, 1.0, 7.0]).reshape(1, 1, 2, 2)
     assert dataset.displayable(noisy).flatten().tolist() == [0, 0, 1, 1]
-
-
-# Data that does not fit in memory
-
-
-class Noisy(torch.utils.data.Dataset[Any]):
-    """Images of their own index with fresh noise from every generator that augmentations use."""
-
-    def __len__(self) -> int:
-        return 21
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        noise = torch.randn(1, 3, 4) + float(np.random.normal()) + random.gauss(0, 1)
-        return index + noise, index % 10
-
-
-def noisy_batches(num_workers: int, *, start: int = 0, seed: tuple[int, int] = (5, 1)) -> list[tuple[Tensor, Tensor]]:
-    split = Noisy()
-    dataset = Dataset(split, split, DIGITS)
-    indices = datasets.order(*seed, len(split))[start:]
-    with untouched_random_state():
-        return list(datasets.batches(dataset, split, indices, 4, device=CPU, num_workers=num_workers, seed=seed))
-
-
-@pytest.fixture(scope="module")
-def noisy() -> list[tuple[Tensor, Tensor]]:
-    return noisy_batches(0)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from google.protobuf import text_format
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import nn
 
 from fmexp.config import Moment, conf_dir
@@ -113,3 +115,14 @@ def numpy_confusion(seen: Seen) -> NDArray[np.int64]:
     for label, guess in zip(seen.dataset.test.labels.tolist(), guesses.tolist(), strict=True):
         table[label, guess] += 1
     return table
+
+
+def read_embedding(folder: Path, step: int, tag: str = "default") -> tuple[NDArray[np.float64], list[str], list[Bytes]]:
+    """The vectors, class names and thumbnails of the embedding that was written at a step."""
+    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    (info,) = [info for info in config.embeddings if info.tensor_name == f"{tag}:{step:05}"]
+    vectors = np.loadtxt(folder / info.tensor_path, delimiter="\t", ndmin=2)
+    classes = (folder / info.metadata_path).read_text().splitlines()
+    width, height = info.sprite.single_image_dim
+    sheet = picture((folder / info.sprite.image_path).read_bytes())
+    return vectors, classes, tiles(sheet, height, width, 0)[: len(vectors)]

@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from stages_tools import Bytes, Drawn, Seen, numpy_confusion, picture
 from tools import scalars
-from torch import Tensor
 
 import fmexp.stages.figures
 from fmexp import datasets
 from fmexp.run import Run
 from fmexp.stages import confusion_matrix
-
-
-def counts(probabilities: Tensor, truth: Tensor, thresholds: int) -> NDArray[np.float64]:
-    """TP, FP, TN, FN [4, thresholds] by counting; positive is a probability of at least i / (thresholds - 1)."""
-    scaled, actual = probabilities.numpy() * np.float32(thresholds - 1), truth.numpy()
-    rows = []
-    for i in range(thresholds):
-        positive = scaled >= i
-        rows.append([(positive & actual).sum(), (positive & ~actual).sum(), (~positive & ~actual).sum(),
-                     (~positive & actual).sum()])  # fmt: skip
-    return np.array(rows, np.float64).T
 
 
 def test_per_class_accuracy_is_in_scalars_and_in_the_log(seen: Seen) -> None:

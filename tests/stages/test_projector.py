@@ -5,11 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
-from numpy.typing import NDArray
-from stages_tools import Bytes, Seen, final_model, find, only, picture, tiles
+from stages_tools import Seen, final_model, find, only, read_embedding
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tools import small
 from torch import Tensor
 
@@ -17,17 +14,6 @@ from fmexp import datasets, execute
 from fmexp.errors import ConfigError
 
 # projector
-
-
-def read_embedding(folder: Path, step: int, tag: str = "default") -> tuple[NDArray[np.float64], list[str], list[Bytes]]:
-    """The vectors, class names and thumbnails of the embedding that was written at a step."""
-    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
-    (info,) = [info for info in config.embeddings if info.tensor_name == f"{tag}:{step:05}"]
-    vectors = np.loadtxt(folder / info.tensor_path, delimiter="\t", ndmin=2)
-    classes = (folder / info.metadata_path).read_text().splitlines()
-    width, height = info.sprite.single_image_dim
-    sheet = picture((folder / info.sprite.image_path).read_bytes())
-    return vectors, classes, tiles(sheet, height, width, 0)[: len(vectors)]
 
 
 def test_projector_shows_training_images_with_their_classes(seen: Seen) -> None:

@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from google.protobuf import text_format
-from numpy.typing import NDArray
-from stages_tools import MOMENTS, STAGES, Bytes, Seen, final_model, find, only, picture, tiles
+from stages_tools import MOMENTS, STAGES, Seen, final_model, find, only, picture, read_embedding, tiles
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tools import assert_same_weights, read_events, scalars, small
 from torch import nn
 
@@ -71,17 +68,6 @@ def test_every_stage_takes_colours_and_oblong_images(run_small: Callable[..., tu
 
 
 # projector
-
-
-def read_embedding(folder: Path, step: int, tag: str = "default") -> tuple[NDArray[np.float64], list[str], list[Bytes]]:
-    """The vectors, class names and thumbnails of the embedding that was written at a step."""
-    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
-    (info,) = [info for info in config.embeddings if info.tensor_name == f"{tag}:{step:05}"]
-    vectors = np.loadtxt(folder / info.tensor_path, delimiter="\t", ndmin=2)
-    classes = (folder / info.metadata_path).read_text().splitlines()
-    width, height = info.sprite.single_image_dim
-    sheet = picture((folder / info.sprite.image_path).read_bytes())
-    return vectors, classes, tiles(sheet, height, width, 0)[: len(vectors)]
 
 
 # Every stage at every moment, and the weights after it
