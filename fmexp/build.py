@@ -166,6 +166,8 @@ def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: i
             f"model._target_={cfg.model._target_} cannot be trained on one: {error}. "
             f"Take another size, such as train.batch_size={other}."
         ) from error
+    finally:
+        model.eval()
 
 
 def target(node: DictConfig) -> str:

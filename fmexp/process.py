@@ -37,12 +37,17 @@ def in_loading_process(worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
 
 
+def is_orphan() -> bool:
+    """Whether the process that has started this one, by multiprocessing, is gone; it may be from the beginning."""
+    starter = multiprocessing.parent_process()
+    return starter is not None and os.getppid() != starter.pid
+
+
 def end_with_parent(end: Callable[[], None]) -> None:
     """Call `end`, in a thread, once the process that has started this one is gone."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while not is_orphan():
             time.sleep(0.5)
         end()
 

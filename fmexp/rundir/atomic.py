@@ -1,8 +1,10 @@
 """Files that are either whole or not there: written beside their place, synced, and renamed into it."""
 
 import errno
+import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,10 +34,16 @@ def atomic_open(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder; no other process may be writing in it."""
-    for path in folder.glob(".*.part"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, age_s: float = -math.inf) -> None:
+    """Remove the temporary files that killed processes left in a folder.
+
+    Args:
+        age_s: leave alone what is younger, for another process may be writing it.
+    """
+    for path in folder.glob(".*.????????.part"):  # eight characters of mkstemp
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= age_s:
+                path.unlink()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

@@ -131,16 +131,19 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], error: str, details: str = "") -> None:
     """Note in a sweep member's folder that it failed before, or without, a word of its own.
 
-    A folder that another process is running in, or that holds another run, is left as it is.
+    A folder that another process is running in, or that holds another run, or one that is complete, is left as it is.
     """
     if is_locked(folder) or (holds_run(folder) and digest(folder) != config.digest(tree)):
+        return
+    known = read_result(folder) or {}
+    if known.get("status") in ("complete", "diverged"):  # its process, or that of another sweep, was quicker
         return
     folder.mkdir(parents=True, exist_ok=True)
     if not holds_run(folder):
         write_config(folder, tree, {"overrides.yaml": OmegaConf.create(list(overrides))})
     with (folder / "fmexp.log").open("a") as file:
         file.write(f"{details or error}\n")
-    write_result(folder, {**(read_result(folder) or {}), "status": "failed", "objective": None, "error": error})
+    write_result(folder, {**known, "status": "failed", "objective": None, "error": error})
 
 
 def digest(folder: Path) -> str:

@@ -96,6 +96,7 @@ class Launcher(HydraLauncher):
         workers = min(self.at_once, len(todo))
         executor = None if self.slurm is None else slurm.executor(root, self.slurm)
         root.mkdir(parents=True, exist_ok=True)
+        atomic.remove_leftovers(root, age_s=3600)  # a second sweep may be writing here
         atomic.atomic_write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
         self.root = root
         self.trees |= {job.folder: job.tree for job in jobs}
@@ -134,6 +135,8 @@ class Launcher(HydraLauncher):
             path = mine[0] if mine else free_folder(root, number, overrides, varied, taken)
             taken.add(path)
             finished = mine and results.status(path) in ("complete", "diverged")
+            if finished and next(path.glob("checkpoint*.pt"), None):
+                finished = False  # its process was killed before it had removed them: execute does
             action = "skip" if finished else "resume" if mine else "train"
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number

@@ -96,11 +96,8 @@ def _run_in_worker(job: Job) -> None:
     try:
         run_job(job)
     finally:
-        if os.getppid() != _parent:  # nobody is left to give this process another member
+        if process.is_orphan():  # nobody is left to give this process another member
             os._exit(128 + signal.SIGTERM)
-
-
-_parent = 0
 
 
 def _in_worker(environment: dict[str, str]) -> None:
@@ -109,11 +106,9 @@ def _in_worker(environment: dict[str, str]) -> None:
     It leaves the terminal's process group, so that Ctrl-C reaches the sweep alone, which then tells its workers; and it
     ends, as by a signal, when the sweep itself was killed.
     """
-    global _parent
     os.environ.update(environment)
     process.pause_gc()
     tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as a leak after a SIGKILL
-    _parent = os.getppid()
     os.setpgrp()
     process.end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
 

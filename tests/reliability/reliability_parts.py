@@ -41,6 +41,21 @@ class Noisy(nn.Module):
         return self.body(x)
 
 
+class LSTM(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        channels, _, width = input_shape
+        self.lstm = nn.LSTM(channels * width, 16, num_layers=2, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states, _ = self.lstm(images.transpose(1, 2).flatten(2))  # [B, C, H, W] -> [B, H, C * W]
+        logits: Tensor = self.head(states[:, -1])
+        return logits
+
+
 class Waits(nn.Module):
     """Linear; its fourth training batch makes the file $RELIABILITY_WAITING, if given, and lasts until that is gone."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from program import default_signals
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import masked_crc32c
@@ -161,7 +162,8 @@ def written(folder: Path) -> list[tuple[int, str, str]]:
     found = []
     for event in all_events(folder):
         if event.graph_def:
-            found.append((event.step, "graph", digest(event.graph_def)))
+            graph = GraphDef.FromString(event.graph_def).SerializeToString(deterministic=True)  # else maps in any order
+            found.append((event.step, "graph", digest(graph)))
         for value in event.summary.value:
             plugin = value.metadata.plugin_data
             if plugin.plugin_name == hparams.PLUGIN_NAME:

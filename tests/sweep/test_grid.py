@@ -199,6 +199,21 @@ def test_equal_members_and_odd_values_have_folders_of_their_own(tmp_path: Path) 
     assert members(tmp_path / "s") == found
 
 
+def test_what_a_kill_in_the_last_moment_leaves_is_removed(tmp_path: Path) -> None:
+    words = [*SMALL, "seed=1", f"hydra.sweep.dir={tmp_path}/s"]
+    assert program.call("-m", *words, cwd=tmp_path).status == 0
+    (path,) = members(tmp_path / "s")
+    before = result(path)
+    (path / "checkpoint.pt").touch()  # which is removed after result.json is written
+    for name in (".sweep.csv.old.part", ".sweep.csv.new.part"):
+        (tmp_path / "s" / name).touch()
+    os.utime(tmp_path / "s" / ".sweep.csv.old.part", (0, 0))
+    assert program.call("-m", *words, cwd=tmp_path).status == 0
+    assert not (path / "checkpoint.pt").exists()
+    assert result(path) == before
+    assert [file.name for file in (tmp_path / "s").glob(".*")] == [".sweep.csv.new.part"], "a second sweep may write it"
+
+
 def test_a_sweep_that_diverges_is_a_result(tmp_path: Path) -> None:
     words = [*SMALL, "optimizer.lr=0.01,1e30", f"hydra.sweep.dir={tmp_path}/s"]
     done = program.call("-m", *words, cwd=tmp_path)
