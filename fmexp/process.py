@@ -6,6 +6,7 @@ Stopping is in good order: a signal is noted, the run finishes its batch and sav
 import atexit
 import gc
 import io
+import multiprocessing
 import os
 import re
 import signal
