@@ -1,6 +1,7 @@
 """Trains a run: one loop, what is logged on the way, and the state from which it continues bit for bit after a stop."""
 
 import logging
+import math
 import os
 import time
 from dataclasses import asdict, replace
@@ -122,6 +123,8 @@ class Trainer:
         if run.losses:
             mean_loss(run.losses, run.step)  # a model that has diverged is not evaluated
         evaluation = run.evaluate("test")
+        if not math.isfinite(evaluation.loss):
+            raise DivergedError(run.step, evaluation.loss)
         run.scalar("test/loss", evaluation.loss)
         run.scalar("test/accuracy", evaluation.accuracy)
         best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone

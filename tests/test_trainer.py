@@ -283,6 +283,22 @@ def test_a_run_that_diverges_says_where(objective: str, tmp_path: Path) -> None:
     assert not (tmp_path / "model.pt").exists()
 
 
+class LostInEvalMode(LeNet):
+    """Gives finite logits in training alone, as a BatchNorm does whose running statistics overflowed."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits if self.training else logits * math.nan
+
+
+def test_a_test_loss_that_is_not_finite_is_a_run_that_diverged(tmp_path: Path) -> None:
+    value = execute(small(*SCALARS, "model._target_=test_trainer.LostInEvalMode"), tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert math.isnan(value)
+    assert (result["status"], result["steps"], result["objective"]) == ("diverged", 16, None)
+    assert "test/accuracy" not in read_events(tmp_path).Tags()["scalars"]
+
+
 def test_a_run_that_diverges_later_keeps_the_points_before(tmp_path: Path) -> None:
     value = execute(small(*SCALARS, "model._target_=test_trainer.Bursts", "objective=train/loss"), tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
