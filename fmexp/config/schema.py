@@ -178,6 +178,7 @@ class Stage:
     enabled: bool = True  # false: leave the stage out
     when: Moment = MISSING  # the moment: before training, at each running loss, after each epoch, at the end
     required: bool = False  # true: a failure ends the run; false: it is logged, and the run goes on
+    changes: bool = False  # true: it means to change weights or the optimizer; false: what it changes is put back
 
 
 @dataclass

@@ -37,7 +37,7 @@ GROUPS: dict[str, list[str]] = {
 OPTIONS = [(group, name) for group, names in GROUPS.items() if group not in ("stage", "experiment") for name in names]
 # What a function is given by the run and not by YAML.
 GIVEN = {"model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"}}
-OF_EVERY_STAGE = {"enabled", "required", "when"}
+OF_EVERY_STAGE = {"enabled", "required", "when", "changes"}
 
 
 def raw(path: Path) -> dict[str, Any]:
