@@ -199,19 +199,32 @@ def test_equal_members_and_odd_values_have_folders_of_their_own(tmp_path: Path) 
     assert members(tmp_path / "s") == found
 
 
+def test_a_member_that_a_second_sweep_begins_meanwhile_has_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*SMALL, "seed=1", f"hydra.sweep.dir={tmp_path}/s"]
+    assert program.call("-m", *words, cwd=tmp_path).status == 0
+    monkeypatch.setattr("fmexp.sweep.launcher.by_digest", lambda root: {})  # as it was before that began
+    again = program.call("-m", *words, cwd=tmp_path)
+    assert "(0 to train, 0 to resume, 1 to skip)" in again.out
+    assert len(members(tmp_path / "s")) == 1
+
+
 def test_what_a_kill_in_the_last_moment_leaves_is_removed(tmp_path: Path) -> None:
     words = [*SMALL, "seed=1", f"hydra.sweep.dir={tmp_path}/s"]
     assert program.call("-m", *words, cwd=tmp_path).status == 0
     (path,) = members(tmp_path / "s")
     before = result(path)
     (path / "checkpoint.pt").touch()  # which is removed after result.json is written
-    for name in (".sweep.csv.old.part", ".sweep.csv.new.part"):
+    for name in (".sweep.csv.aged_old.part", ".sweep.csv.just_now.part"):
         (tmp_path / "s" / name).touch()
-    os.utime(tmp_path / "s" / ".sweep.csv.old.part", (0, 0))
+    os.utime(tmp_path / "s" / ".sweep.csv.aged_old.part", (0, 0))
     assert program.call("-m", *words, cwd=tmp_path).status == 0
     assert not (path / "checkpoint.pt").exists()
     assert result(path) == before
-    assert [file.name for file in (tmp_path / "s").glob(".*")] == [".sweep.csv.new.part"], "a second sweep may write it"
+    assert [file.name for file in (tmp_path / "s").glob(".*")] == [".sweep.csv.just_now.part"], (
+        "a second sweep may write it"
+    )
 
 
 def test_a_sweep_that_diverges_is_a_result(tmp_path: Path) -> None:
