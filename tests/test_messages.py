@@ -466,7 +466,6 @@ def test_files_that_cannot_be_read(here: Path, bound: tuple[str, ...], tmp_path:
 @pytest.mark.parametrize(
     ("words", "module"),
     [
-        ("hydra/launcher=joblib hydra.launcher.n_jobs=2", "joblib"),
         ("hydra/launcher=slurm", "submitit"),
         ("hydra/sweeper=optuna optimizer.lr=interval(0.1,0.2)", "optuna"),
     ],

@@ -12,7 +12,6 @@ from fmexp.sweep.report import conclude
 
 def main() -> None:
     """Print the table of a sweep: python -m fmexp.sweep <folder>."""
-    process.open_console()
     parser = argparse.ArgumentParser(
         prog="python -m fmexp.sweep",
         description="Print the table of a sweep that runs, was stopped or is done, best member first. It is written "
@@ -38,4 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    process.open_console()
     main()

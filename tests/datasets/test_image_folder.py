@@ -211,7 +211,7 @@ def test_the_file_is_used_until_a_picture_changes(photos: Path, keep: Keep, tmp_
     time = changed.stat().st_mtime_ns
     write(changed, pixels(77))
     os.utime(changed, ns=(time, time + 1))
-    (tmp_path / "cache" / f".{first.name}.x.part").write_bytes(b"left by a process that was killed")
+    (tmp_path / "cache" / f".{first.name}.abcdefgh.part").write_bytes(b"left by a process that was killed")
     data = keep(photos, cache="disk")
     assert torch.equal(data.train.images[0], torch.from_numpy(pixels(77)).permute(2, 0, 1))
     assert len(decoded) == 3 * 18

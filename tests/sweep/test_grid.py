@@ -216,13 +216,13 @@ def test_what_a_kill_in_the_last_moment_leaves_is_removed(tmp_path: Path) -> Non
     (path,) = members(tmp_path / "s")
     before = result(path)
     (path / "checkpoint.pt").touch()  # which is removed after result.json is written
-    for name in (".sweep.csv.aged_old.part", ".sweep.csv.just_now.part"):
+    for name in (".sweep.csv.old_____.part", ".sweep.csv.new_____.part"):
         (tmp_path / "s" / name).touch()
-    os.utime(tmp_path / "s" / ".sweep.csv.aged_old.part", (0, 0))
+    os.utime(tmp_path / "s" / ".sweep.csv.old_____.part", (0, 0))
     assert program.call("-m", *words, cwd=tmp_path).status == 0
     assert not (path / "checkpoint.pt").exists()
     assert result(path) == before
-    assert [file.name for file in (tmp_path / "s").glob(".*")] == [".sweep.csv.just_now.part"], (
+    assert [file.name for file in (tmp_path / "s").glob(".*")] == [".sweep.csv.new_____.part"], (
         "a second sweep may write it"
     )
 
