@@ -20,9 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,11 @@ from reliability_tools import SMALL, environment, left  # noqa: E402
 
 from fmexp.rundir import checkpoint, layout, results  # noqa: E402
 
+Sweep = subprocess.Popen[bytes]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 HANG_S = 60  # without a change in the sweep's folder
+COUNTED = ("sweeps", "members compared", "differences", "hangs", "signals", "starts", "races", "checkpoints damaged",
+           "temporary files removed")  # fmt: skip
 STARTS = 12  # of one sweep that are disturbed; those after them are not
 
 
@@ -63,34 +65,22 @@ KINDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process as /proc has it."""
+def living(sweeps: Iterable[int]) -> dict[int, tuple[int, str]]:
+    """The processes of some sweeps: pid -> (group, command). They share a session, whose number is the sweep's pid.
 
-    pid: int
-    group: int
-    session: int
-    command: str
-
-    @property
-    def tracks(self) -> bool:
-        """Whether it is Python's or joblib's, that removes the semaphores of those that were killed."""
-        return "resource_tracker" in self.command
-
-
-def living(sessions: set[int]) -> list[Process]:
-    """The processes of some sessions; a sweep and all that it starts share one, whose number is the sweep's pid."""
-    found = []
+    Without the trackers, which remove what killed processes leave of semaphores, and end by themselves.
+    """
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
             state, _, group, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state != "Z":
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found.append(Process(int(folder.name), int(group), int(session), command))
-    return sorted(found, key=lambda process: process.pid)
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if int(session) in sweeps and state != "Z" and "resource_tracker" not in command:
+                found[int(folder.name)] = int(group), command
+    return found
 
 
-def send(pids: list[int], number: int) -> None:
+def send(pids: Iterable[int], number: int) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -98,27 +88,26 @@ def send(pids: list[int], number: int) -> None:
 
 def targets(sweep: int) -> dict[str, list[list[int]]]:
     """What of a sweep can be sent a signal: kind -> the processes that get it together, one list for each choice."""
-    mine = [process for process in living({sweep}) if not process.tracks]
-    others = [process for process in mine if process.group != sweep]  # workers, each of which leads a group
+    mine = {pid: group for pid, (group, _) in living([sweep]).items()}
     found = {
         "sweep": [[sweep]],
-        "worker": [[process.pid] for process in others if process.pid == process.group],
-        "loader": [[process.pid] for process in others if process.pid != process.group],
-        "group": [[process.pid for process in mine if process.group == sweep]],
-        "all": [[process.pid for process in mine]],
+        "worker": [[pid] for pid, group in mine.items() if pid == group != sweep],  # each leads a group of its own
+        "loader": [[pid] for pid, group in mine.items() if group not in (pid, sweep)],
+        "group": [[pid for pid, group in mine.items() if group == sweep]],
+        "all": [list(mine)],
     }
-    return {name: choices for name, choices in found.items() if choices and choices[0]}
+    return {name: choices for name, choices in found.items() if choices}
 
 
-def state_of(root: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file but the locks: what changes while a sweep gets on."""
-    found = {}
+def state_of(root: Path) -> set[tuple[str, str, int, int]]:
+    """Folder, name, size and time of every file but the locks: what changes while a sweep gets on."""
+    found = set()
     for folder, _, names in os.walk(root):
         for name in names:
             with suppress(OSError):  # it has just been removed
                 stat = os.stat(os.path.join(folder, name))
                 if not name.startswith(layout.LOCK):
-                    found[os.path.join(folder, name)] = stat.st_size, stat.st_mtime_ns
+                    found.add((folder, name, stat.st_size, stat.st_mtime_ns))
     return found
 
 
@@ -128,12 +117,12 @@ class Round:
     def __init__(self, soak: "Soak", root: Path) -> None:
         self.soak, self.root, self.draw, self.counts = soak, root, soak.draw, soak.counts
         self.order = self.draw.sample(soak.members, len(soak.members))
-        self.started: list[subprocess.Popen[bytes]] = []
+        self.started: list[Sweep] = []
         self.told: Counter[str] = Counter()  # signals by name and target
         self.signalled: set[int] = set()  # the sweeps that were sent one
         self.complete: dict[Path, int] = {}  # when each complete member's result was written
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Sweep:
         self.counts["starts"] += 1
         words = ("--multirun", f"experiment={','.join(self.order)}", "hydra/launcher=joblib",
                  "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={self.root}")  # fmt: skip
@@ -165,12 +154,12 @@ class Round:
 
     def attend(self, *, disturbed: bool) -> bool:
         """One start, or two that race, to their ends; whether one of them says that all is complete."""
-        draw, sweeps, known = self.draw, [self.start()], self.checkpoints()
+        draw, sweeps, known = self.draw, [self.start()], state_of(self.root)
         todo = [self.disturb] * draw.choice((1, 1, 1, 2, 3)) + [self.race] * (draw.random() < 0.25)
         plan = sorted((draw.uniform(0, self.soak.span), number) for number in range(len(todo))) if disturbed else []
         origin = time.monotonic() if draw.random() < 0.3 else math.inf  # else from the first new checkpoint
-        for _ in self.watch(lambda: all(sweep.poll() is not None for sweep in sweeps)):
-            if origin == math.inf and self.checkpoints() - known:
+        for state in self.watch(lambda: all(sweep.poll() is not None for sweep in sweeps)):
+            if origin == math.inf and any(name == checkpoint.LATEST for _, name, *_ in state - known):
                 origin = time.monotonic()
             while plan and time.monotonic() > origin + plan[0][0]:
                 todo[plan.pop(0)[1]](sweeps)
@@ -183,31 +172,24 @@ class Round:
             self.wait_for_ends()
         return any(sweep.returncode == 0 for sweep in sweeps)
 
-    def race(self, sweeps: list[subprocess.Popen[bytes]]) -> None:
+    def race(self, sweeps: list[Sweep]) -> None:
         self.counts["races"] += 1
         sweeps.append(self.start())
 
-    def disturb(self, sweeps: list[subprocess.Popen[bytes]]) -> None:
+    def disturb(self, sweeps: list[Sweep]) -> None:
         sweep, number = self.draw.choice(sweeps), self.draw.choice(SIGNALS)
         if sweep.poll() is None and (found := targets(sweep.pid)):
-            name = self.draw.choice(sorted(found))
+            name = "loader" if "loader" in found and self.draw.random() < 0.4 else self.draw.choice(sorted(found))
             send(self.draw.choice(found[name]), number)
             self.signalled.add(sweep.pid)
             self.counts["signals"] += 1
             self.told[f"{number.name[3:]} {name}"] += 1
 
-    def checkpoints(self) -> set[tuple[Path, int]]:
-        found = set()
-        for path in self.root.glob(f"*/{checkpoint.LATEST}"):
-            with suppress(FileNotFoundError):
-                found.add((path, path.stat().st_mtime_ns))
-        return found
+    def mine(self) -> dict[int, tuple[int, str]]:
+        return living([sweep.pid for sweep in self.started])
 
-    def mine(self) -> list[Process]:
-        return living({sweep.pid for sweep in self.started})
-
-    def watch(self, done: Callable[[], bool]) -> Iterator[None]:
-        """Come back again and again until something is done; what changes nothing in the folder for long is ended."""
+    def watch(self, done: Callable[[], bool]) -> Iterator[set[tuple[str, str, int, int]]]:
+        """The folder's state, again and again until something is done; what changes nothing there for long is ended."""
         before, changed = state_of(self.root), time.monotonic()
         while not done():
             time.sleep(0.02)
@@ -216,7 +198,7 @@ class Round:
             elif time.monotonic() > changed + HANG_S:
                 self.hang()
                 changed = time.monotonic()
-            yield
+            yield state
 
     def wait_for_ends(self) -> None:
         """Wait for all processes of this round, workers and loading workers too."""
@@ -228,15 +210,15 @@ class Round:
         self.counts["hangs"] += 1
         self.soak.keep = True
         processes = self.mine()
-        print(f"HANG in {self.root}, after {dict(self.told)}", flush=True)
-        for process in processes:
-            tasks = list(Path(f"/proc/{process.pid}/task").glob("*"))
-            places = {where.read_text() for task in tasks if (where := task / "wchan").exists()}
-            print(f"  {process.pid} (group {process.group}) {process.command}: {', '.join(sorted(places))}")
-        # To this faulthandler answers with Python's stacks, and ends.
-        send([process.pid for process in processes if not process.tracks], signal.SIGABRT)
+        print(f"HANG in {self.root}, after {dict(self.told)}")
+        for pid, (group, command) in processes.items():
+            places = set()
+            with suppress(OSError):  # it has just ended
+                places = {path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/wchan")}
+            print(f"  {pid} (group {group}) {command}: {', '.join(sorted(places))}")
+        send(processes, signal.SIGABRT)  # to which faulthandler answers with Python's stacks, and ends the process
         time.sleep(2)
-        send([process.pid for process in self.mine()], signal.SIGKILL)
+        send(self.mine(), signal.SIGKILL)
         self.signalled |= {sweep.pid for sweep in self.started}
         for number in range(len(self.started)):
             _, mark, stacks = self.output(number).read_text(errors="replace").partition("Fatal Python error: Aborted")
@@ -251,7 +233,7 @@ class Round:
         with suppress(filelock.Timeout, FileNotFoundError), filelock.FileLock(folder / layout.LOCK, timeout=0):
             for path in folder.glob(".*.part"):
                 path.unlink()
-                self.counts["removed"] += 1
+                self.counts["temporary files removed"] += 1
             if (folder / checkpoint.PREVIOUS).exists():
                 content = bytearray((folder / checkpoint.LATEST).read_bytes())
                 place = self.draw.randrange(len(content))
@@ -260,7 +242,7 @@ class Round:
                 else:
                     content[place] ^= 1 << self.draw.randrange(8)
                 (folder / checkpoint.LATEST).write_bytes(content)
-                self.counts["damaged"] += 1
+                self.counts["checkpoints damaged"] += 1
 
     def check_complete(self) -> None:
         """What is complete stays so, and is not trained again."""
@@ -277,8 +259,9 @@ class Round:
         names = {folder: folder.name.partition("_experiment-")[2] for folder in folders}
         if sorted(names.values()) != sorted(self.soak.members):
             self.differs(f"its members are {sorted(names.values())}")
+            return
         for folder, name in names.items():
-            self.counts["members"] += 1
+            self.counts["members compared"] += 1
             try:
                 mine, its = left(folder), self.soak.truth[name]
             except Exception as error:  # whatever a damaged file makes a reader raise
@@ -315,7 +298,7 @@ class Soak:
     def time_is_left(self) -> bool:
         return time.monotonic() < self.until
 
-    def start(self, *words: str, output: Path) -> subprocess.Popen[bytes]:
+    def start(self, *words: str, output: Path) -> Sweep:
         """Start fmexp in a session of its own."""
         with output.open("wb") as file:
             return subprocess.Popen(
@@ -342,21 +325,16 @@ class Soak:
             try:
                 sweep.run()
             finally:
-                send([process.pid for process in sweep.mine()], signal.SIGKILL)
-            new = ", ".join(f"{count} {what}" for what, count in (self.counts - before).items() if what != "sweeps")
-            told = ", ".join(f"{what} {count}" for what, count in sorted(sweep.told.items()))
-            print(f"round {self.counts['sweeps']}: {new}; {told or 'no signal'}; {time.monotonic() - began:.0f} s",
-                  flush=True)  # fmt: skip
+                send(sweep.mine(), signal.SIGKILL)
+            new = [f"{count} {what}" for what, count in (self.counts - before).items() if what != "sweeps"]
+            told = [f"{count} {what}" for what, count in sorted(sweep.told.items())]
+            seconds = time.monotonic() - began
+            print(f"round {self.counts['sweeps']}: {', '.join(new)} ({', '.join(told)}); {seconds:.0f} s", flush=True)
             if not self.keep:
                 shutil.rmtree(sweep.root)
 
     def summary(self) -> str:
-        count = self.counts
-        return (
-            f"{count['sweeps']} sweeps, {count['members']} members compared, {count['differences']} differences, "
-            f"{count['hangs']} hangs, {count['signals']} signals, {count['starts']} starts, {count['races']} races, "
-            f"{count['damaged']} checkpoints damaged, {count['removed']} temporary files removed"
-        )
+        return ", ".join(f"{self.counts[what]} {what}" for what in COUNTED)
 
 
 def main() -> None:

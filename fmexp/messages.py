@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ def instead_of_tracebacks() -> Iterator[None]:
         if left.code == 2:  # argparse has said which word it does not know
             print("Flags such as --multirun come first. Settings follow, as key=value without dashes.", file=sys.stderr)
         raise
+    except KeyboardInterrupt:  # before the run has begun, or the second one
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sys.stdout.flush()
         hint = f"\n\nSet the environment variable {FULL}=1 for the traceback." if isinstance(error, CodeError) else ""

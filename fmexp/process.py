@@ -34,8 +34,7 @@ def in_loading_process(worker: int) -> None:
     end_with_parent(lambda: os._exit(1))
     for number in _numbers():
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
+    unblock_signals()
 
 
 def is_orphan() -> bool:
@@ -57,7 +56,7 @@ def end_with_parent(end: Callable[[], None]) -> None:
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Let signals wait within the block, and in processes that are started there until `in_loading_process`."""
+    """Let signals wait within the block, and in processes that are started there until they `unblock_signals`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -66,6 +65,12 @@ def block_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock_signals() -> None:
+    """Let signals come, and those that have waited."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
 
 
 def _numbers() -> list[signal.Signals]:

@@ -1,6 +1,7 @@
 """Each bad input ends with a message that names key, value and way out, exit status 1, no traceback and no file."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from program import PYTHON, Finished, call, environment, run
 from tools import SMALL, write_idx_splits
 
+from fmexp import cli
 from fmexp.errors import FmexpError
 
 FILES = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
@@ -517,3 +519,13 @@ def test_full_error_gives_the_traceback(word: str, here: Path) -> None:
     assert 'File "' in done.err
     assert word.partition("=")[0].rpartition(".")[2] in done.err.splitlines()[-1] + done.err.splitlines()[-3]
     assert_nothing_in(here)
+
+
+def test_ctrl_c_before_a_run_has_begun_prints_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(cfg: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "check", interrupt)
+    ended = call("dataset=synthetic", cwd=tmp_path)
+    assert (ended.status, ended.out, ended.err) == (130, "", "")
+    assert list(tmp_path.iterdir()) == []

@@ -131,13 +131,15 @@ class Launcher(HydraLauncher):
             run_cfg = config.without_hydra(cfg)
             config.check(run_cfg)
             tree = config.resolved(run_cfg)
-            mine = [path for path in found.get(config.digest(tree), []) if path not in taken]
-            path = mine[0] if mine else free_folder(root, number, overrides, varied, taken)
+            digest = config.digest(tree)
+            known = next((path for path in found.get(digest, ()) if path not in taken), None)
+            path = known or free_folder(root, number, overrides, varied, taken, digest)
             taken.add(path)
-            finished = mine and results.status(path) in ("complete", "diverged")
+            begun = layout.holds_run(path)
+            finished = begun and results.status(path) in ("complete", "diverged")
             if finished and next(path.glob("checkpoint*.pt"), None):
                 finished = False  # its process was killed before it had removed them: execute does
-            action = "skip" if finished else "resume" if mine else "train"
+            action = "skip" if finished else "resume" if begun else "train"
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
                 cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(root), path.name

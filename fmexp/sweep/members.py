@@ -66,17 +66,19 @@ def by_digest(root: Path) -> dict[str, list[Path]]:
     return found
 
 
-def free_folder(root: Path, number: int, overrides: Sequence[str], varied: Sequence[str], taken: set[Path]) -> Path:
+def free_folder(
+    root: Path, number: int, overrides: Sequence[str], varied: Sequence[str], taken: set[Path], digest: str
+) -> Path:
     """A folder for a new member: its number and a slug of the varied overrides, which no other member has.
 
     The slug has letters that every file system takes, and at most 100 of them. A folder whose run was killed before
-    it had written its configuration is free again.
+    it had written its configuration is free again; one where a second sweep has begun this very member is its folder.
     """
     words = (f"{key.split('.')[-1]}-{value}" for key, value in split(overrides).items() if key in varied)
     slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word).strip("-.") for word in words)
     base = f"{number}_{slug}"[:100].rstrip("_-.")
     names = (base if attempt == 1 else f"{base}_{attempt}" for attempt in range(1, sys.maxsize))
-    return next(path for path in (root / name for name in names) if path not in taken and _is_free(path))
+    return next(path for path in (root / name for name in names) if path not in taken and _is_free(path, digest))
 
 
 def objective_of(root: Path) -> str:
@@ -124,11 +126,14 @@ def folder_number(path: Path) -> tuple[int, str]:
     return int(head) if head.isdigit() else -1, path.name
 
 
-def _is_free(path: Path) -> bool:
+def _is_free(path: Path, digest: str) -> bool:
     if not path.exists():
         return True
     left = {layout.LOCK, layout.OWNER, "fmexp.log", ".hydra"}
-    return not layout.holds_run(path) and {entry.name for entry in path.iterdir()} <= left
+    # In this order, for a second sweep's run writes its configuration before all else.
+    if {entry.name for entry in path.iterdir()} <= left and not layout.holds_run(path):
+        return True
+    return path in by_digest(path.parent).get(digest, ())
 
 
 def _read_member(path: Path) -> Member:

@@ -70,7 +70,9 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
 def _result(executor: ProcessPoolExecutor, job: Job, halt: threading.Event) -> None:
     """Run a member in its worker, and wait for it."""
     try:
-        executor.submit(_run_in_worker, job).result()
+        with process.block_signals():  # in the worker, which this starts, until it is ready for them
+            future = executor.submit(_run_in_worker, job)
+        future.result()
     except BrokenProcessPool:
         executor.shutdown()  # waits for the process, which holds the folder's lock to its end
         if not halt.is_set():
@@ -110,6 +112,9 @@ def _in_worker(environment: dict[str, str]) -> None:
     process.pause_gc()
     tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as a leak after a SIGKILL
     os.setpgrp()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which forgets a Ctrl-C that has waited
+    process.unblock_signals()
+    signal.signal(signal.SIGINT, before)
     process.end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 

@@ -199,6 +199,17 @@ def test_equal_members_and_odd_values_have_folders_of_their_own(tmp_path: Path) 
     assert members(tmp_path / "s") == found
 
 
+def test_a_member_that_a_second_sweep_begins_meanwhile_has_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*SMALL, "seed=1", f"hydra.sweep.dir={tmp_path}/s"]
+    assert program.call("-m", *words, cwd=tmp_path).status == 0
+    monkeypatch.setattr("fmexp.sweep.launcher.by_digest", lambda root: {})  # as it was before that began
+    again = program.call("-m", *words, cwd=tmp_path)
+    assert "(0 to train, 0 to resume, 1 to skip)" in again.out
+    assert len(members(tmp_path / "s")) == 1
+
+
 def test_what_a_kill_in_the_last_moment_leaves_is_removed(tmp_path: Path) -> None:
     words = [*SMALL, "seed=1", f"hydra.sweep.dir={tmp_path}/s"]
     assert program.call("-m", *words, cwd=tmp_path).status == 0

@@ -1,6 +1,8 @@
 """The worker processes of a sweep that runs side by side."""
 
 import os
+import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,31 +10,48 @@ import pytest
 from program import alive
 from sweep_tools import CHECKOUT, OWN, Sweep, until
 
-# Python imports it when it starts: it holds a worker up, before that does anything, until the sweep is gone.
+pytestmark = pytest.mark.slow
+
+# Python imports it when it starts: it holds a worker up, before that does anything, until the sweep is gone, or until
+# the file `go` is there.
 HOLD = """
 import os, pathlib, sys, time
-if any("popen_loky" in word or "spawn_main" in word for word in sys.orig_argv):
-    parent = os.getppid()
-    pathlib.Path(os.environ["STARTED"], str(os.getpid())).touch()
-    while os.getppid() == parent:
+if any("spawn_main" in word for word in sys.orig_argv):
+    parent, folder = os.getppid(), pathlib.Path(os.environ["STARTED"])
+    (folder / str(os.getpid())).touch()
+    while os.getppid() == parent and not (folder / "go").exists():
         time.sleep(0.02)
 """
 
 
-@pytest.mark.slow
-def test_workers_end_whose_sweep_was_killed_before_they_had_begun(tmp_path: Path) -> None:
+@pytest.fixture
+def starting(tmp_path: Path) -> Iterator[tuple[Sweep, list[int]]]:
+    """A sweep whose two workers are held up at their very start, and their pids."""
     (tmp_path / "sitecustomize.py").write_text(HOLD)
     started = tmp_path / "started"
     started.mkdir()
     path = os.pathsep.join(map(str, (tmp_path, CHECKOUT)))
     words = (*OWN[:-2], "model=mlp", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    first = Sweep(tmp_path / "sweep", *words, PYTHONPATH=path, STARTED=str(started))
-    until(lambda: len(list(started.iterdir())) == 2, "both workers", first)
-    first.kill()
+    sweep = Sweep(tmp_path / "sweep", *words, PYTHONPATH=path, STARTED=str(started))
+    until(lambda: len(list(started.iterdir())) == 2, "both workers", sweep)
     workers = [int(file.name) for file in started.iterdir()]
-    try:
-        until(lambda: not any(map(alive, workers)), "the workers' end")
-    finally:
-        for pid in filter(alive, workers):
-            with suppress(ProcessLookupError):
-                os.kill(pid, 9)
+    yield sweep, workers
+    for pid in filter(alive, workers):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_workers_end_whose_sweep_was_killed_before_they_had_begun(starting: tuple[Sweep, list[int]]) -> None:
+    sweep, workers = starting
+    sweep.kill()
+    until(lambda: not any(map(alive, workers)), "the workers' end")
+
+
+def test_ctrl_c_while_workers_start_prints_no_traceback(starting: tuple[Sweep, list[int]], tmp_path: Path) -> None:
+    """It comes to all of the terminal's group, which they leave a little later."""
+    sweep, _ = starting
+    os.killpg(sweep.process.pid, signal.SIGINT)
+    (tmp_path / "started" / "go").touch()
+    assert sweep.wait() == 128 + signal.SIGINT
+    assert "Traceback" not in sweep.output
+    assert "go on with" in sweep.output
