@@ -85,3 +85,15 @@ class Aside(nn.Module):
 def test_a_lazy_layer_that_no_image_reaches_is_named() -> None:
     with pytest.raises(ConfigError, match=r"test_build\.Aside leaves aside\.weight, aside\.bias out in eval mode"):
         build(small(*QUIET, "model._target_=test_build.Aside"))
+
+
+@pytest.mark.parametrize(("size", "other"), [(16, 17), (1, 3), (15, None), (33, None)])
+def test_a_batch_of_one_image_that_batch_norm_cannot_take_is_told_before_training(size: int, other: int | None) -> None:
+    data = ("dataset.train_size=33", "dataset.image_size=16", f"train.batch_size={size}", "logging=light")
+    build(small(*data, "model=lenet"))
+    if other is None:
+        build(small(*data, "model=resnet18"))
+        return
+    message = rf"train\.batch_size={size} leaves one of 33 images .*resnet18 .*such as train\.batch_size={other}\."
+    with pytest.raises(ConfigError, match=message):
+        build(small(*data, "model=resnet18"))

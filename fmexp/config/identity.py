@@ -4,16 +4,16 @@ import hashlib
 import json
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-# Keys that do not change what a run computes or writes, so that a run may be resumed with others.
+# Keys that do not change what a run computes or writes, so that a run may be resumed with others; see `left_out`.
 # The device is not in the digest either: a resume on another one goes on with a warning, for the bits may differ.
-NOT_IN_DIGEST = ("resume", "device", "train.num_workers", "train.checkpoint_every", "logging.max_queue",
-                 "logging.flush_secs", "dataset.root", "dataset.download", "dataset.mirrors",
-    "dataset.cache", "dataset.cache_dir",
-    "sweep.fail_fast",
-    "sweep.dry_run",
+NOT_IN_DIGEST = (
+    "resume", "device", "train.num_workers", "train.checkpoint_every", "logging.max_queue", "logging.flush_secs",
+    "dataset.root", "dataset.download", "dataset.mirrors", "dataset.cache", "dataset.cache_dir",
+    "sweep.fail_fast", "sweep.dry_run",
 )  # fmt: skip
+OWN = "not_in_digest"  # the key in which a dataset of one's own lists those of its keys that do not decide the data
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -22,22 +22,36 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; a dot within a name becomes \\. so that no two trees give the same."""
     items: dict[str, Any] = {}
     for name, value in tree.items():
+        key = prefix + str(name).replace("\\", r"\\").replace(".", r"\.")
         if isinstance(value, dict) and value:
-            items.update(flat(value, f"{prefix}{name}."))
+            items.update(flat(value, f"{key}."))
         else:
-            items[f"{prefix}{name}"] = value
+            items[key] = value
     return items
+
+
+def left_out(tree: dict[str, Any]) -> set[str]:
+    """The flat keys of a resolved configuration that are not part of its identity.
+
+    Of a dataset of fmexp's these are in NOT_IN_DIGEST, and its root where it has mirrors: such files have checksums.
+    Of one's own every key counts but those that its `not_in_digest` lists.
+    """
+    dataset = tree.get("dataset")
+    if not isinstance(dataset, dict):  # of a damaged file
+        return set(NOT_IN_DIGEST)
+    if not str(dataset.get("_target_")).startswith("fmexp.datasets."):
+        others = {key for key in NOT_IN_DIGEST if not key.startswith("dataset.")}
+        return others | {f"dataset.{key}" for key in (OWN, *(dataset.get(OWN) or ()))}
+    return {key for key in NOT_IN_DIGEST if key != "dataset.root" or "mirrors" in dataset}
 
 
 def identity(tree: dict[str, Any]) -> dict[str, Any]:
     """The flat keys of a resolved configuration that decide what a run computes and writes."""
-    items = flat(tree)
-    # Files that have mirrors have checksums, and are the same wherever they are; a folder of one's own is the data.
-    own = {"dataset.root"} if "dataset.mirrors" not in items else set()
-    return {key: value for key, value in sorted(items.items()) if key not in NOT_IN_DIGEST or key in own}
+    out = left_out(tree)
+    return {key: value for key, value in sorted(flat(tree).items()) if key not in out}
 
 
 def digest(tree: dict[str, Any]) -> str:
@@ -51,17 +65,22 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, 'not there')}, now {after.get(key, 'not there')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key, MISSING) != after.get(key, MISSING)
+        if _text(before, key) != _text(after, key)
     ]
+
+
+def _text(items: dict[str, Any], key: str) -> str | None:
+    """What the digest sees of a value: 1 is not true there, and NaN is NaN."""
+    return json.dumps(items[key], sort_keys=True) if key in items else None
 
 
 def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     """A run's row in HPARAMS: what was chosen of each group, and the settings of what is trained and how."""
     values = {group: tree[group]["_target_"].rpartition(".")[2] for group in ("dataset", "model", "optimizer")}
-    for key, value in flat(tree).items():
+    for key, value in identity(tree).items():
         if key.startswith("backend.") and value == "auto":
             continue  # only what was chosen deserves a column
-        if key.startswith(_HPARAMS) and not key.endswith("_target_") and key not in NOT_IN_DIGEST and value is not None:
+        if key.startswith(_HPARAMS) and not key.endswith("_target_") and value is not None:
             values[key] = value if isinstance(value, bool | int | float | str) else str(value)
     return values
 

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from fmexp.config.identity import flat
+from fmexp.config.identity import OWN, flat
 from fmexp.config.location import conf_dir
 from fmexp.config.schema import Config, Moment
 from fmexp.errors import ConfigError
@@ -32,6 +32,7 @@ def check(cfg: DictConfig) -> None:
     with in_words():
         for group in ("dataset", "model", "optimizer", "logging"):
             check_target(group, cfg[group])
+        _check_own_keys(cfg.dataset)
         for name, stage in cfg.stage.items():
             _check_stage(f"stage.{name}", stage)
         check_limits(cfg)
@@ -154,6 +155,12 @@ def check_target(key: str, node: Any) -> None:
     """Raise ConfigError where a part of the configuration does not say what is to be called."""
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}={node} must be a mapping with _target_: the import path of what is to be called.")
+
+
+def _check_own_keys(dataset: DictConfig) -> None:
+    names = dataset.get(OWN)
+    if names is not None and not (OmegaConf.is_list(names) and all(name in dataset for name in names)):
+        raise ConfigError(f"dataset.{OWN}={names} must be a list of keys of dataset: {', '.join(map(str, dataset))}.")
 
 
 def _check_tags(cfg: DictConfig) -> None:

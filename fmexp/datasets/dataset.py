@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fmexp import rng
 from fmexp.config.hydra_versions import instantiate
+from fmexp.config.identity import OWN
 from fmexp.errors import ConfigError, DataError
 
 
@@ -140,10 +141,12 @@ def length(split: Split | MapStyle) -> int:
 
 def load(cfg: DictConfig) -> Dataset:
     """The dataset that a configuration names. The latest one is kept, for the next member of a sweep."""
-    node = json.dumps(OmegaConf.to_container(cfg, resolve=True), sort_keys=True)
+    arguments: dict[Any, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    arguments.pop(OWN, None)
+    node = json.dumps(arguments, sort_keys=True)
     if node not in _latest:
         rng.seed_all(0)  # what the data is does not depend on the run's seed, unless its YAML says so
-        dataset = instantiate(cfg)
+        dataset = instantiate(arguments)
         _latest.clear()
         _latest[node] = dataset
     return _latest[node]

@@ -54,7 +54,8 @@ class Search(Parsing):
         root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
         setup_globals()
         # Mistakes are refused before a file is made.
-        self.launcher.plan(root, [[*fixed, *words] for words in _samples(space)], 0)
+        jobs = self.launcher.plan(root, [[*fixed, *words] for words in _samples(space)], 0)
+        self.left_out = config.left_out(jobs[0].tree)
         self._check_owner(root)
         self._ask(optuna.create_study(), 0, space)
         if self.cfg.sweep.dry_run and not (root / STORAGE).exists():
@@ -78,7 +79,7 @@ class Search(Parsing):
         unfinished = [trial for trial in begun if trial.state == TrialState.RUNNING]
         if self.cfg.sweep.dry_run:
             _say_and_leave(len(begun) - len(unfinished), len(unfinished), total)
-        _check_same_search(self.study, fixed)
+        _check_same_search(self.study, [word for word in fixed if _key(word) not in self.left_out])
         log.info("search in %s: %d of %d trials done", root / STORAGE, len(begun) - len(unfinished), total)
         self.launcher.varied = list(space)
         ended = [member.folder for member in read(root) if member.status in ("complete", "diverged")]
@@ -209,9 +210,13 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
 def _check_same_search(study: Any, fixed: Sequence[str]) -> None:
     """Raise ConfigError where the search was begun with other fixed settings, and could not be compared."""
-    ours = sorted(word for word in fixed if word.partition("=")[0].lstrip("+~") not in config.NOT_IN_DIGEST)
+    ours = sorted(fixed)
     before = json.loads(study.user_attrs.get("fixed", "null"))
     if before is not None and before != ours:
         raise ConfigError(
