@@ -90,7 +90,7 @@ def _settings(path: Path) -> Iterator[tuple[str, ...]]:
         for group, name in entry.items() if isinstance(entry, dict) else ():
             yield group.removeprefix("override /"), _shown(name)
     for key, value in flat(content).items():
-        yield key, _shown(value)
+        yield key.replace(r"\.", "."), _shown(value)  # a key of Hydra's sweeper is a name with dots
 
 
 def _hydra(root: Path) -> Iterator[str]:
