@@ -112,9 +112,9 @@ def _in_worker(environment: dict[str, str]) -> None:
     process.pause_gc()
     tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as a leak after a SIGKILL
     os.setpgrp()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which forgets a Ctrl-C that has waited
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which forgets a Ctrl-C that has waited
     process.unblock_signals()
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no exception: in the midst of torch's import it would spoil torch
     process.end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 

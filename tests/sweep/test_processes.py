@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from program import alive
-from sweep_tools import CHECKOUT, OWN, Sweep, until
+from sweep_tools import CHECKOUT, OWN, Gate, Sweep, until
 
 pytestmark = pytest.mark.slow
 
@@ -55,3 +55,17 @@ def test_ctrl_c_while_workers_start_prints_no_traceback(starting: tuple[Sweep, l
     assert sweep.wait() == 128 + signal.SIGINT
     assert "Traceback" not in sweep.output
     assert "go on with" in sweep.output
+
+
+def test_a_worker_that_waits_ends_at_a_signal_without_a_traceback(tmp_path: Path, gate: Gate) -> None:
+    (gate.folder / "hold-a").touch()
+    words = (*OWN, "+model.tag=a,b", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    sweep = Sweep(tmp_path / "sweep", *words, **gate.environ)
+    pids = gate.until_waiting(sweep, 2)
+    gate.open()
+    until(lambda: "[1/2] 1_tag-b" in sweep.output, "the end of b", sweep)
+    os.kill(pids["b"], signal.SIGINT)
+    until(lambda: not alive(pids["b"]), "the end of its worker", sweep)
+    (gate.folder / "hold-a").unlink()
+    sweep.end()
+    assert "Traceback" not in sweep.output
