@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,11 @@ class Round:
                 continue
             for part in its:
                 if mine[part] != its[part]:
-                    self.differs(f"{part} of {folder.name} is\n  {mine[part]}\n  and not\n  {its[part]}")
+                    lists = (list(one.items()) if isinstance(one, dict) else one for one in (mine[part], its[part]))
+                    unlike = [pair for pair in zip_longest(*lists) if pair[0] != pair[1]]
+                    self.differs(
+                        f"{part} of {folder.name}, in {len(unlike)} places; the first, ours and its: {unlike[0]}"
+                    )
             if layout.is_locked(folder):
                 self.differs(f"{folder.name} is locked")
         if leftovers := [str(path) for path in self.root.rglob("*.part")]:
