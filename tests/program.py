@@ -50,6 +50,12 @@ def environment(*importable: Path, **changes: str) -> dict[str, str]:
     return {**ours, "PYTHONPATH": os.pathsep.join(map(str, importable or (INSTALLED,))), "COLUMNS": "100", **changes}
 
 
+def default_signals() -> None:
+    """Take back what the tests' own parent may have ignored; a shell does so with what it starts by `&`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(
     *words: str, cwd: Path, command: Sequence[str] = PYTHON, env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
@@ -57,6 +63,7 @@ def start(
     return subprocess.Popen(
         [*command, *words], cwd=cwd, env=env or environment(),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=default_signals,
     )  # fmt: skip
 
 
@@ -117,12 +124,6 @@ def alive(pid: int) -> bool:
         return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1  # the first thread may end before the others
     except OSError:
         return False
-
-
-def default_signals() -> None:
-    """Take back what the tests' own parent may have ignored; a shell does so with what it starts by `&`."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class TensorBoard:

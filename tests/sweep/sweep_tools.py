@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import program
-from program import alive
+from program import alive, default_signals
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -47,6 +47,7 @@ class Sweep:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fmexp", "--multirun", *words, f"hydra.sweep.dir={root}"],
                 env=environment, cwd=root.parent, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=default_signals,
             )  # fmt: skip
         self.started.append(self)
 
