@@ -16,6 +16,7 @@ from fmexp.errors import DataError
 GARMENTS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle Boot",
 )  # fmt: skip
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # of the archive
 HINT = "dataset=synthetic needs no files and no network; dataset.root=<folder> or FMEXP_DATA names another folder"
 
 
@@ -41,12 +42,16 @@ def cifar10(root: str, download: bool = True, mirrors: Sequence[str] = ()) -> Da
 
     folder = Path(root).absolute()  # so that an error says where it was looked for
     if not (folder / CIFAR10.base_folder).is_dir():
-        archive = Remote(CIFAR10.filename, CIFAR10.tgz_md5)
+        archive = Remote(CIFAR10.filename, CIFAR10.tgz_md5, CIFAR10_SHA256, 170_498_071)
         fetch([archive], folder, mirrors, download=download, hint=HINT)
         open_checked(folder, archive)
-        with tempfile.TemporaryDirectory(dir=folder) as unpacked, suppress(OSError):  # another process may be first
-            extract_archive(str(folder / archive.name), unpacked)
-            os.rename(Path(unpacked) / CIFAR10.base_folder, folder / CIFAR10.base_folder)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+                extract_archive(str(folder / archive.name), unpacked)
+                with suppress(OSError):  # another process may be first
+                    os.rename(Path(unpacked) / CIFAR10.base_folder, folder / CIFAR10.base_folder)
+        except OSError as error:
+            raise DataError(f"{folder / archive.name} cannot be unpacked: {error}. {HINT}") from error
     try:
         splits = [CIFAR10(root, train=train) for train in (True, False)]
     except RuntimeError as error:
@@ -78,6 +83,26 @@ _IDX_FILES = (
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
+_IDX_SHA256 = {  # and bytes
+    "FashionMNIST": (
+        ("3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84", 26_421_880),
+        ("a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845", 29_515),
+        ("346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073", 4_422_102),
+        ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
+    ),
+    "MNIST": (
+        ("440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609", 9_912_422),
+        ("3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c", 28_881),
+        ("8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6", 1_648_877),
+        ("f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6", 4_542),
+    ),
+    "KMNIST": (
+        ("51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4", 18_165_135),
+        ("e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17", 29_497),
+        ("edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5", 3_041_136),
+        ("20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c", 5_120),
+    ),
+}
 _IDX_MD5 = {
     "FashionMNIST": (
         "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -102,7 +127,8 @@ _IDX_MD5 = {
 
 def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: Sequence[str]) -> Dataset:
     folder = Path(root).absolute() / name / "raw"  # where torchvision keeps them; absolute, for errors name it
-    remotes = [Remote(*known) for known in zip(_IDX_FILES, _IDX_MD5[name], strict=True)]
+    known = zip(_IDX_FILES, _IDX_MD5[name], _IDX_SHA256[name], strict=True)
+    remotes = [Remote(file, md5, sha256, size) for file, md5, (sha256, size) in known]
     fetch(remotes, folder, mirrors, download=download, hint=HINT)
     arrays = [torch.from_numpy(read_idx(folder, remote)) for remote in remotes]
     splits = []

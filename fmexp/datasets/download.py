@@ -36,15 +36,26 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 16
+MAX_BYTES = 2**30  # of a file whose size is not known
 MAX_DIMENSIONS = 8  # images need 3; numpy refuses more than 64, the format's header could claim 255
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to download: its name, the same in the folder and at the mirrors, and its MD5 in hex."""
+    """A file to download: its name, the same in the folder and at the mirrors, its checksums in hex, and its size.
+
+    The SHA-256 is what is checked, or the MD5 where that is all that is known. No more than `size` bytes are read.
+    """
 
     name: str
     md5: str
+    sha256: str = ""
+    size: int = MAX_BYTES
+
+    @property
+    def checksum(self) -> tuple[str, str]:
+        """The algorithm and what it has to give."""
+        return ("sha256", self.sha256) if self.sha256 else ("md5", self.md5)
 
 
 class _MirrorFailed(Exception):
@@ -78,7 +89,7 @@ def fetch(files: Sequence[Remote], folder: Path, mirrors: Sequence[str], *, down
 
 
 def open_checked(folder: Path, file: Remote) -> bytes:
-    """Return the unpacked content of a file in `folder`; a file in its original form is checked against its MD5.
+    """Return the unpacked content of a file in `folder`; a file in its original form is checked against its checksum.
 
     An unpacked .gz is preferred to the .gz itself, and has no checksum to check.
 
@@ -86,14 +97,18 @@ def open_checked(folder: Path, file: Remote) -> bytes:
     """
     try:
         path = _standing(folder, file)
+        limit, length = file.size if path.name == file.name else MAX_BYTES, path.stat().st_size
+        if length > limit:
+            raise _corrupt(path, f"at most {limit:,} bytes", f"{length:,} bytes")
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{file.name} in {folder} cannot be read: {error}") from error
     if path.name != file.name:
         return content
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != file.md5:
-        raise _corrupt(path, f"md5 {file.md5}", f"md5 {found}")
+    kind, expected = file.checksum
+    found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise _corrupt(path, f"{kind} {expected}", f"{kind} {found}")
     if not file.name.endswith(".gz"):
         return content
     try:
@@ -163,19 +178,20 @@ def _download(file: Remote, folder: Path, mirrors: Sequence[str], hint: str) -> 
 
 def _save(url: str, file: Remote, path: Path) -> None:
     """Write what `url` gives to the new file `path`, down to the disk, if its checksum is right."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "xb") as out, closing(_chunks(url, file.name)) as chunks:
+    kind, expected = file.checksum
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with open(path, "xb") as out, closing(_chunks(url, file)) as chunks:
         for chunk in chunks:
             out.write(chunk)
             digest.update(chunk)
-        if digest.hexdigest() != file.md5:
-            raise _MirrorFailed(f"wrong checksum: expected md5 {file.md5}, found md5 {digest.hexdigest()}")
+        if digest.hexdigest() != expected:
+            raise _MirrorFailed(f"wrong checksum: expected {kind} {expected}, found {kind} {digest.hexdigest()}")
         out.flush()
         os.fsync(out.fileno())
 
 
-def _chunks(url: str, name: str) -> Generator[bytes, None, None]:
-    """Yield the bytes at `url`, with a progress bar.
+def _chunks(url: str, file: Remote) -> Generator[bytes, None, None]:
+    """Yield the bytes at `url`, with a progress bar, and no more than the file has.
 
     A generator, so that only errors of the network become _MirrorFailed: those of the disk, raised while
     the caller writes, are OSError too but no reason to try another mirror.
@@ -185,10 +201,12 @@ def _chunks(url: str, name: str) -> Generator[bytes, None, None]:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
             length = response.headers["Content-Length"]
             total = None if length is None else int(length)
-            with tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+            with tqdm(total=total, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
                 while chunk := response.read(CHUNK_BYTES):
-                    yield chunk
                     got += len(chunk)
+                    if got > file.size:
+                        raise _MirrorFailed(f"too long: expected {file.size:,} bytes")
+                    yield chunk
                     bar.update(len(chunk))
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL, or no length
         if isinstance(error, urllib.error.HTTPError):

@@ -121,7 +121,7 @@ def pack_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(root / CIFAR10.base_folder, CIFAR10.base_folder)
     shutil.rmtree(root / CIFAR10.base_folder)
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest())
+    monkeypatch.setattr(catalog, "CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     return archive
 
 
@@ -210,7 +210,7 @@ def test_a_damaged_cifar10_archive_is_named_and_not_unpacked(tmp_path: Path, mon
     write_cifar10(tmp_path, monkeypatch)
     archive = pack_cifar10(tmp_path, monkeypatch)
     archive.write_bytes(archive.read_bytes()[:-9])
-    with pytest.raises(DataError, match="md5") as caught:
+    with pytest.raises(DataError, match="sha256") as caught:
         datasets.cifar10(str(tmp_path), download=False)
     assert str(archive) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [archive.name]

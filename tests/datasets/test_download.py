@@ -58,7 +58,8 @@ SMALL = Remote("small.gz", md5(PACKED))
 
 # Several chunks long, and not to be compressed away.
 BIG_BODY = gzip.compress(np.random.default_rng(0).bytes(300_000), mtime=0)
-BIG = Remote("big.gz", md5(BIG_BODY))
+SHA256 = hashlib.sha256(BIG_BODY).hexdigest()
+BIG = Remote("big.gz", md5(BIG_BODY), SHA256, len(BIG_BODY))
 BODIES = {SMALL: PACKED, BIG: BIG_BODY}
 
 
@@ -180,11 +181,12 @@ def test_downloads_only_what_is_missing(server: Server, folder: Path) -> None:
         (None, "404"),
         (Answer(BIG_BODY[:-1], len(BIG_BODY)), f"truncated: expected {len(BIG_BODY)} bytes, found {len(BIG_BODY) - 1}"),
         (Answer(BIG_BODY[:99_999], len(BIG_BODY)), f"truncated: expected {len(BIG_BODY)} bytes, found 99999"),
-        (Answer(BIG_BODY[:-1]), f"wrong checksum: expected md5 {BIG.md5}, found md5 {md5(BIG_BODY[:-1])}"),
+        (Answer(BIG_BODY[:-1]), f"wrong checksum: expected sha256 {SHA256}, found sha256 "),
+        (Answer(BIG_BODY + b"x"), f"too long: expected {len(BIG_BODY):,} bytes"),
         (Answer(b"<html>Please log in</html>"), "wrong checksum"),
         (Answer(b""), "wrong checksum"),
     ],
-    ids=["missing", "one byte short", "cut in the middle", "wrong bytes", "another page", "empty"],
+    ids=["missing", "one byte short", "cut in the middle", "wrong bytes", "too long", "another page", "empty"],
 )
 def test_next_mirror_is_tried(
     server: Server, folder: Path, caplog: pytest.LogCaptureFixture, bad: Answer | None, reason: str
