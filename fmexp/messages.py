@@ -111,10 +111,11 @@ def of_word(error: OverrideParseException) -> str:
 
 
 def _is_of_hydra(error: Exception) -> bool:
-    """Whether Hydra stumbled, over what was typed or stands in YAML, before any code of fmexp was reached."""
-    ours, door = Path(__file__).parent, ("__main__.py", "cli.py", "messages.py")
+    """Whether Hydra stumbled, over what was typed or stands in YAML, where fmexp only had it compose."""
+    ours, door = Path(__file__).parent, ("__main__.py", "cli.py", "messages.py", "composition.py", "job.py")
     passed = (Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
-    return not any(ours in path.parents and path.name not in door for path in passed)
+    called = [path.name for path in passed if ours in path.parents]
+    return not called or called[-1] in door
 
 
 def _meant(names: list[str]) -> str:
