@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fmexp import datasets, rng
+from fmexp.config import Moment
 from fmexp.config.hydra_versions import instantiate
 from fmexp.engine import backend, evaluation
 from fmexp.engine.optim import build_optimizer
@@ -32,6 +33,7 @@ def build(cfg: DictConfig) -> Run:
     device = backend.find_device(cfg.device)
     rng.seed_all(cfg.seed)
     stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
+    stages.sort(key=lambda stage: list(Moment.__members__).index(stage.when))  # as the run comes to them
     _bound("logging", cfg.logging, cfg.logging, log_dir="", comment="", purge_step=None)
     try:
         dataset = datasets.load(cfg.dataset)

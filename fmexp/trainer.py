@@ -63,7 +63,7 @@ class Trainer:
         self.started = time.monotonic()
         self.saved, self.save_seconds = self.started, 0.05  # when the last checkpoint was written, and how long it took
         self.first_save = True
-        self.extra = ExtraState(run.model, run.optimizer)
+        self.extra = ExtraState(run.model, run.optimizer, checkpoint.can_keep)
 
     def fit(self) -> None:
         """Train to the end.

@@ -45,7 +45,7 @@ def test_the_model_and_the_dataset(changed: Path, tmp_path: Path) -> None:
 
 
 def test_the_stage(changed: Path, tmp_path: Path) -> None:
-    result("+stage=weights", "stage.weights.required=true", "model=mlp", *SMALL, changed=changed, cwd=tmp_path)
+    result("stage.weights.required=true", "model=mlp", *SMALL, changed=changed, cwd=tmp_path)
     tags = read_events(tmp_path / "out").Tags()["histograms"]
     assert "weights/1.weight" in tags
     assert len(tags) == 6

@@ -10,6 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from fmexp.config.location import conf_dir
+
 
 class Moment(Enum):
     """When a stage is executed: before training, at each running loss, after each epoch, or at the end."""
@@ -234,6 +236,8 @@ def register() -> None:
     """Put the schemas where YAML names them: `defaults: [/schema/optimizer/sgd@_here_, _self_]`."""
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config)
+    stages = sorted(path.stem for path in (conf_dir() / "stage").glob("*.yaml"))
+    store.store(group="schema", name="stages", node={"defaults": [f"/stage/{name}@stage" for name in stages]})
     for group, schemas in SCHEMAS.items():
         for name, node in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=node)

@@ -8,7 +8,7 @@ import collections
 import logging
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmexp.engine.cuda_graph import bits
-from fmexp.rundir import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +29,14 @@ _PICKLED = (np.ndarray, np.generic, np.random.Generator, np.random.RandomState, 
 
 
 class ExtraState:
-    """The state that a run's model and optimizer hold beside their state_dict; made before the training begins."""
+    """The state that a run's model and optimizer hold beside their state_dict; made before the training begins.
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    Args:
+        can_keep: whether a checkpoint can hold what the `state_dict` of an object gives.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, can_keep: Callable[[Any], bool]) -> None:
+        self.model, self.optimizer, self.can_keep = model, optimizer, can_keep
         self.kept = set(self._parts())
         self.before = self._values()
         self.first = True
@@ -43,7 +46,7 @@ class ExtraState:
         parts = self._parts()
         if self.first:
             self.first = False
-            self.kept = {path for path in self.kept & parts.keys() if checkpoint.can_keep(parts[path])}
+            self.kept = {path for path in self.kept & parts.keys() if self.can_keep(parts[path])}
             values = self._values()
             changed = [path for path in values if path not in self.before or [values[path]] != [self.before[path]]]
             if lost := sorted({*parts} - self.kept | {*changed}):

@@ -202,7 +202,7 @@ def test_the_first_checkpoint_names_what_it_does_not_keep(tmp_path: Path, caplog
 
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """What is kept after two steps."""
-    extra = ExtraState(model, optimizer)
+    extra = ExtraState(model, optimizer, checkpoint.can_keep)
     model.train()
     for _ in range(2):
         step.train_step(model, optimizer, *batch)
