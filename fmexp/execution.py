@@ -134,7 +134,7 @@ class _Execution:
         tensorboard.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
         if status == "complete":
-            weights = run.model.state_dict()
+            weights = run.kept.state_dict()
             for name, value in weights.items():
                 if isinstance(value, torch.Tensor):
                     weights[name] = value.cpu()  # to be read where there is no such device

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from fmexp import config
+from fmexp.config import maximised
 from fmexp.rundir import layout
 from fmexp.sweep.figure_data import Key, Picture, curve, read
-from fmexp.sweep.members import Member, folder_number, maximised
+from fmexp.sweep.members import Member, folder_number
 
 STYLE = {
     "font.size": 9,

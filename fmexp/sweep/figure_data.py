@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from fmexp.config import maximised
 from fmexp.rundir import layout
-from fmexp.sweep.members import Member, group_by_keys, maximised
+from fmexp.sweep.members import Member, group_by_keys
 
 MOST_POINTS = 200  # of a learning curve
 LARGEST_SCALAR = 4096  # bytes of an event; what is larger is a picture or a graph

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fmexp.config import maximised
 from fmexp.config.overrides import quote, split, varied_keys
 from fmexp.errors import first_line
 from fmexp.rundir import layout, results
@@ -87,11 +88,6 @@ def objective_of(root: Path) -> str:
         with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
             return str(layout.read_config(path)["objective"])
     return "test/accuracy"
-
-
-def maximised(objective: str) -> bool:
-    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
-    return objective == "test/accuracy"
 
 
 def ranked(members: Sequence[Member], objective: str) -> list[Member]:

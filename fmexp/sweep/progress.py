@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fmexp.config import maximised
 from fmexp.rundir import layout, results
-from fmexp.sweep.members import maximised
 
 log = logging.getLogger(__name__)
 

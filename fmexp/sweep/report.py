@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fmexp import config
+from fmexp.config import maximised
 from fmexp.config.overrides import varied_keys
 from fmexp.rundir import atomic, layout
 from fmexp.sweep.members import (
     Member,
     group_by_keys,
-    maximised,
     member_folders,
     objective_of,
     override_words,
@@ -49,7 +49,7 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     rows = [config.hparams(tree) for tree in (*trees.values(), *others)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: {str(row[name]) for row in rows if name in row} for name in names}
-    always = ("dataset", "model", "optimizer", "seed")
+    always = ("dataset", "model", "loss", "optimizer", "schedule", "seed")
     shown = [name for name in names if name in always or len(values[name]) > 1 or any(name not in row for row in rows)]
     first = next(iter(trees.values()))
     tags = (

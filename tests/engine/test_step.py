@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fmexp.engine.cuda_graph import GraphedStep
-from fmexp.engine.step import train_step
+from fmexp.engine.step import TrainStep
 
 Calls = list[Any]
 
@@ -82,7 +82,7 @@ def test_what_is_put_around_a_step_is_called_once_a_step(way: str) -> None:
     before = model.weight.clone()
     with around(way, list(model.parameters()), calls) as optimizer:
         for _ in range(3):
-            train_step(model, optimizer, *BATCH)
+            TrainStep(model, optimizer)(*BATCH)
     assert len(calls) == 3
     assert not torch.equal(model.weight, before)
 
@@ -91,7 +91,7 @@ def test_what_is_put_around_a_step_is_called_once_a_step(way: str) -> None:
 def test_a_step_with_hooks_is_no_graph(way: str, caplog: pytest.LogCaptureFixture) -> None:
     model, calls, recorder = nn.Linear(3, 2), Calls(), CpuGraph()
     with around(way, list(model.parameters()), calls) as optimizer:
-        graphed = GraphedStep(lambda *batch: train_step(model, optimizer, *batch), model, optimizer, 4, recorder)
+        graphed = GraphedStep(lambda *batch: TrainStep(model, optimizer)(*batch), model, optimizer, 4, recorder)
         for _ in range(6):
             graphed(*BATCH)
     assert (len(calls), recorder.recorded) == (6, 0)
@@ -105,7 +105,7 @@ def test_torchs_own_wrappers_are_left_out(kind: Callable[..., Any], monkeypatch:
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]
     models[1].load_state_dict(models[0].state_dict())
     ours, theirs = (kind(model.parameters(), lr=0.1) for model in models)
-    train_step(models[0], ours, *BATCH)
+    TrainStep(models[0], ours)(*BATCH)
     assert called == []
     nn.functional.cross_entropy(models[1](BATCH[0]), BATCH[1]).backward()
     theirs.step()
