@@ -141,7 +141,8 @@ def _schedule(cfg: DictConfig, batches: int, steps: int) -> Schedule:
     except Exception as error:
         raise _unbuildable("schedule", node, error) from error
     made = inspect.isclass(target)  # and so has a state, as Plateau
-    function = partial(_bound("schedule", node, node, *(() if made else (0, 1)), **asked), **asked)
+    function = _bound("schedule", node, node, *(() if made else (0, 1)), **asked)
+    function = partial(function.func, **function.keywords, **asked)
     try:
         schedule: Schedule = function() if made else function
         for step in (0, steps // 2, steps - 1):

@@ -142,9 +142,9 @@ class Trainer:
         loss = mean_loss(run.losses, run.step)
         run.losses.clear()
         run.scalar(run.cfg.train.tag, loss)
-        run.scalar("train/lr", self.rate.value)
+        run.writer.add_scalar("train/lr", self.rate.value, run.step)  # no metrics: nobody ranks runs by them
         if run.cfg.train.clip_grad is not None:
-            run.scalar("train/grad_norm", float(self.train_step.grad_norm))
+            run.writer.add_scalar("train/grad_norm", float(self.train_step.grad_norm), run.step)
         log.info("step %d: %s %.4f", run.step, run.cfg.train.tag, loss)
         self.run_stages("log")
 
