@@ -39,7 +39,7 @@ class Train:
     batch_size: int = limited(4, least=1)
     log_every: int = limited(1000, least=1)
     max_steps: int | None = limited(None, least=1)
-    num_workers: int = limited(2, least=0)
+    num_workers: Any = limited("auto", word="auto", least=0)
     compile: Any = limited("auto", one_of=("auto", True, False))
     checkpoint_every: int | None = limited(None, least=1)
     tag: str = "train/loss"

@@ -160,9 +160,10 @@ def signalling(**arguments: int) -> Dataset:
 
 
 def augmented(**arguments: int) -> Dataset:
-    """The drawn garments, with a training split of the map style."""
+    """The drawn garments, with splits of the map style, which are random in training and evaluation."""
     made = synthetic(**arguments)
-    return Dataset(Augmented(made.train.images, made.train.labels), made.test, made.classes, description="augmented")
+    splits = (Augmented(split.images, split.labels) for split in (made.train, made.test))
+    return Dataset(*splits, made.classes, description="augmented")
 
 
 def bad_metric(run: Run, *, value: str) -> None:
