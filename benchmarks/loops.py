@@ -107,7 +107,7 @@ def ours(overrides: list[str], batches: int) -> float:
 
 
 def plain_data(kind: str, folder: str, part: int) -> Dataset:
-    """What a plain loop loads: a part of torchvision's Fashion-MNIST, cropped and flipped, or its ImageFolder, 32x32."""
+    """What a plain loop loads: a part of torchvision's Fashion-MNIST, cropped and flipped; or its ImageFolder."""
     plain = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
     if kind == "pictures":
         small = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32), *plain])

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,22 @@ class Augmented(torch.utils.data.Dataset[Any]):
         size = image.shape[-1]
         image = F.pad(image, (2, 2, 2, 2))[:, row : row + size, column : column + size]
         return image + 0.05 * torch.randn(image.shape), int(self.labels[index])
+
+
+def deadly(load: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+    """Loading in which a process kills the run once it has loaded $RELIABILITY_LOADS images. Each is a file in the
+    folder $RELIABILITY_LOADERS."""
+    loaded = 0
+
+    def loads(self: Any, index: int) -> Any:
+        nonlocal loaded
+        loaded += 1
+        (Path(os.environ["RELIABILITY_LOADERS"]) / str(os.getpid())).touch()
+        if loaded == int(os.environ["RELIABILITY_LOADS"]):
+            os.kill(os.getpid() if torch.utils.data.get_worker_info() is None else os.getppid(), signal.SIGKILL)
+        return load(self, index)
+
+    return loads
 
 
 class Signalling(Augmented):
