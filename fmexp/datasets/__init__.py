@@ -2,9 +2,9 @@
 
 from fmexp.datasets.catalog import GARMENTS, cifar10, fashion_mnist, kmnist, mnist, synthetic
 from fmexp.datasets.dataset import Dataset, MapStyle, Split, check, labels, length, load
-from fmexp.datasets.loader import batches, killed_worker, order
+from fmexp.datasets.loader import Workers, batches, killed_worker, order
 
 __all__ = [
-    "GARMENTS", "Dataset", "MapStyle", "Split", "batches", "check", "cifar10", "fashion_mnist", "killed_worker",
-    "kmnist", "labels", "length", "load", "mnist", "order", "synthetic",
+    "GARMENTS", "Dataset", "MapStyle", "Split", "Workers", "batches", "check", "cifar10", "fashion_mnist",
+    "killed_worker", "kmnist", "labels", "length", "load", "mnist", "order", "synthetic",
 ]  # fmt: skip
