@@ -10,7 +10,7 @@ from typing import Any
 import hydra.utils
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -45,7 +45,8 @@ def build(cfg: DictConfig) -> Run:
         raise _unbuildable("dataset", cfg.dataset, error) from error
     with rng.fork(rng.derive_seed(cfg.seed, "batch")):
         dataset = dataset.to(device)
-        images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
+        loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
+    images, augment = dataset.ready(loaded), _augment(cfg.augment, len(dataset.classes))
     few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
     model = _model(cfg, dataset, few)
     with eval_mode(model, cfg.seed):
@@ -57,7 +58,10 @@ def build(cfg: DictConfig) -> Run:
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how, how_evaluated)
+    run = Run(cfg, device, dataset, model, optimizer, stages, augment, (images, labels), how, how_evaluated)
+    if augment:
+        run.batch = _augmented(run, loaded, labels)
+    return run
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:
@@ -82,7 +86,7 @@ def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = 
 
 def _arguments(node: DictConfig) -> list[str]:
     """The names of a target's arguments, but for those that fmexp gives it."""
-    ours = ("run", "params", "input_shape", "num_classes", "log_dir")
+    ours = ("run", "params", "input_shape", "num_classes", "log_dir", "images", "labels", "generator")
     return [name for name in inspect.signature(hydra.utils.get_method(node._target_)).parameters if name not in ours]
 
 
@@ -101,6 +105,42 @@ def _stage(name: str, node: DictConfig) -> Stage:
     function = _bound(f"stage.{name}", node, arguments, None)
     required, changes = (bool(node.get(switch, False)) for switch in ("required", "changes"))
     return Stage(name, str(getattr(node.when, "name", node.when)), required, changes, function)
+
+
+def _augment(node: DictConfig, classes: int) -> datasets.augment.Augment | None:
+    """What changes a batch, told how many classes there are where it asks; None for `none`, which so costs nothing."""
+    arguments: Any = OmegaConf.to_container(node, resolve=True)
+    for step in arguments.get("steps", {}).values():  # of a chain
+        step["_partial_"] = True
+    try:
+        function: partial[Any] = instantiate(arguments, _partial_=True)
+        for part in (function, *function.keywords.get("steps", {}).values()):
+            signature = inspect.signature(part.func)
+            part.keywords.update({"num_classes": classes} if "num_classes" in signature.parameters else {})
+            signature.bind(None, None, None, **part.keywords)
+    except Exception as error:
+        raise _unbuildable("augment", node, error) from error
+    return None if function.func is datasets.augment.none else function
+
+
+def _augmented(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A first batch, augmented, after a check that the model and the loss can take what comes of it."""
+    name, classes = f"augment._target_={run.cfg.augment._target_}", len(run.dataset.classes)
+    allowed = [len(images)], [len(images), classes]  # numbers, or probabilities
+    try:
+        with rng.fork(run.cfg.seed):
+            pixels, targets = run.augmented(images, labels, 0)
+    except FmexpError:
+        raise
+    except Exception as error:
+        raise CodeError(f"{name} cannot take a batch, {images.dtype} {list(images.shape)}: {error}") from error
+    if pixels.shape != images.shape or list(targets.shape) != allowed[targets.is_floating_point()]:
+        raise ConfigError(
+            f"{name} makes images {list(pixels.shape)} and labels {targets.dtype} {list(targets.shape)} of images "
+            f"{list(images.shape)}: images keep their shape, labels are numbers {allowed[0]} or "
+            f"probabilities {allowed[1]}."
+        )
+    return pixels, targets
 
 
 def _model(cfg: DictConfig, dataset: datasets.Dataset, images: Tensor) -> nn.Module:

@@ -52,8 +52,9 @@ class Run:
     Attributes:
         step: batches trained on; the global step of all that is written.
         epoch, position: finished epochs, and batches done in the current one.
-        batch: the latest training batch, normalised float32 [B, C, H, W] and int64 [B], on the device; before
-            training a random one.
+        augment: what changes a batch before the model sees it; None: nothing.
+        batch: the latest training batch as the model was given it, on the device: normalised float32 [B, C, H, W], and
+            int64 [B], or after mixup and cutmix probabilities float32 [B, K]; before training a random one.
         losses: of the batches since the last running loss.
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
@@ -66,6 +67,7 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     stages: list[Stage]
+    augment: datasets.augment.Augment | None
     batch: tuple[Tensor, Tensor]
     backend: Backend
     evaluation_backend: Backend
@@ -95,6 +97,14 @@ class Run:
                     memory_format=how.memory_format,
                 )
         return self._evaluations[split]
+
+    @torch.no_grad()
+    def augmented(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A batch as a split has it to what the model is given at a step: augmented, and normalised float32."""
+        raw = images.dtype == torch.uint8
+        if self.augment is not None:
+            images, labels = self.augment(images, labels, datasets.augment.generator(self.cfg.seed, step))
+        return self.dataset.normalise(images) if raw else images, labels
 
     def forget_evaluations(self) -> None:
         """Called after a batch: the model is another."""

@@ -22,6 +22,7 @@ from fmexp.errors import ConfigError
 _LIMITS: dict[str, Callable[[Any, Any], bool]] = {
     "least": operator.ge,
     "most": operator.le,
+    "above": operator.gt,
     "below": operator.lt,
 }
 
@@ -30,7 +31,7 @@ def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming key and value, for what Hydra's types let through."""
     check_keys(cfg)
     with in_words():
-        for group in ("dataset", "model", "optimizer", "logging"):
+        for group in ("dataset", "augment", "model", "optimizer", "logging"):
             check_target(group, cfg[group])
         _check_own_keys(cfg.dataset)
         for name, stage in cfg.stage.items():
