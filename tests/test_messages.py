@@ -57,6 +57,10 @@ OWN_CODE = '''"""Objects that are not what fmexp needs."""
 from torch import nn
 
 
+def halved(images, labels, generator):
+    return images[:, :, ::2], labels
+
+
 class Three(nn.Module):
     def __init__(self, *, input_shape, num_classes):
         super().__init__()
@@ -205,6 +209,9 @@ COMPOSED = [
     bad("stage.image_grid.images=1" + 30 * "0", "stage.image_grid.images=1000", "must be a number of 64 bits"),
     bad(f"train.epochs={2**63}", f"train.epochs={2**63} must be a number of 64 bits, which end at 2**63"),
     bad("model=mlp model.hidden=[64,0]", "model.hidden=[64, 0] must be at least 1"),
+    bad("augment=crop_flip augment.flip=2", "augment.flip=2.0 must be at most 1.0"),
+    bad("augment=mixup augment.alpha=0", "augment.alpha=0.0 must be above 0.0"),
+    bad("augment=chain augment.steps.crop_flip.padding=-1", "augment.steps.crop_flip.padding=-1 must be at least 0"),
     bad("--config-dir nothere", "nothere' not found"),
     bad("--config-dir not/here", "not/here' not found"),
     bad("--config-name nothere", "Cannot find primary config 'nothere'"),
@@ -230,6 +237,11 @@ BUILT = [
     bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size"),
     bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, mom"),
     bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'", "those that fmexp gives"),
+    bad("augment._target_=nowhere.blur", "augment._target_=nowhere.blur cannot be imported", NOT_IMPORTED),
+    bad("+augment.foo=1", "augment._target_=fmexp.datasets.augment.none cannot be built", "'foo'", "those that fmexp"),
+    bad("augment=chain augment.order=[crop_flip,blur]", "augment.order has blur", "crop_flip, random_erasing, mixup"),
+    bad("augment._target_=wrong.halved", "augment._target_=wrong.halved makes images [4, 1, 14, 28] and labels "
+        "torch.int64 [4] of images [4, 1, 28, 28]", "labels are numbers [4] or probabilities [4, 10]"),
     bad("+logging.foo=1", "logging._target_=torch.utils.tensorboard.SummaryWriter cannot be built", "'foo'",
         "flush_secs, filename_suffix"),
 ]  # fmt: skip

@@ -36,7 +36,8 @@ GROUPS: dict[str, list[str]] = {
 # Of these one chooses one option; of the stages one has any number, and a recipe is added to all of it.
 OPTIONS = [(group, name) for group, names in GROUPS.items() if group not in ("stage", "experiment") for name in names]
 # What a function is given by the run and not by YAML.
-GIVEN = {"model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"}}
+GIVEN = {"model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"},
+         "augment": {"images", "labels", "generator", "num_classes"}}  # fmt: skip
 OF_EVERY_STAGE = {"enabled", "required", "when", "changes"}
 
 
@@ -236,9 +237,9 @@ def test_every_schema_is_used() -> None:
 
 
 def test_the_configurations_dataclass_and_its_yaml_agree() -> None:
-    defaults = plain(OmegaConf.structured(Config(dataset=None, model=None, optimizer=None, logging=None)))
+    defaults = plain(OmegaConf.structured(Config(dataset=None, augment=None, model=None, optimizer=None, logging=None)))
     written = raw(conf_dir() / "config.yaml")
-    groups = {"dataset", "model", "optimizer", "logging", "stage"}
+    groups = {"dataset", "augment", "model", "optimizer", "logging", "stage"}
     assert defaults.keys() - groups == written.keys() - {"defaults", "hydra"}
     for key in defaults.keys() - groups:
         assert written[key] == defaults[key], key
@@ -256,7 +257,8 @@ def test_help_marks_the_defaults() -> None:
     listed = composition.listed_options()
     chosen = {key: value for entry in raw(conf_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
               for key, value in entry.items() if key in GROUPS and value}  # fmt: skip
-    assert chosen == {"dataset": "fashion_mnist", "model": "lenet", "optimizer": "sgd", "logging": "tensorboard"}
+    options = {"dataset": "fashion_mnist", "augment": "none", "model": "lenet", "optimizer": "sgd"}
+    assert chosen == {**options, "logging": "tensorboard"}
     for group, name in chosen.items():
         assert re.search(rf"^ +{group} .*\b{name} \(default\)", listed, re.MULTILINE)
 

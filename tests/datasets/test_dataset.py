@@ -141,7 +141,7 @@ WRONG = {
     "an item is no pair": ({"train": Items(ITEM[0])}, r"training image 0: the item is torch.Tensor"),
     "an item is an array": ({"train": Items((ITEM[0].numpy(), 0))}, r"training image 0: it is numpy.ndarray float32"),
     "an item is a picture": ({"test": Items((Image.new("L", (8, 8)), 0))}, r"test image 0: it is PIL.Image.Image"),
-    "an item is bytes": ({"train": Items((IMAGES[0], 0))}, r"torch.uint8 .* torch.float32"),
+    "an item is float64": ({"train": Items((ITEM[0].double(), 0))}, r"torch.float64 .* torch.uint8, or torch.float32"),
     "an item has no channels": ({"train": Items((ITEM[0][0], 0))}, r"\[C, H, W\]"),
     "an item has another size": ({"test": Items((ITEM[0][:1], 0))}, r"test image 0 has shape \[1, 8, 8\].*\[3, 8, 8\]"),
     "an item's label is too high": ({"train": Items((ITEM[0], 2))}, r"its label is 2; with 2 classes"),
