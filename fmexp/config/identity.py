@@ -76,7 +76,8 @@ def _text(items: dict[str, Any], key: str) -> str | None:
 
 def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     """A run's row in HPARAMS: what was chosen of each group, and the settings of what is trained and how."""
-    values = {group: tree[group]["_target_"].rpartition(".")[2] for group in ("dataset", "augment", "model", "optimizer")}
+    groups = "dataset", "augment", "model", "optimizer"
+    values = {group: tree[group]["_target_"].rpartition(".")[2] for group in groups}
     for key, value in identity(tree).items():
         if key.startswith("backend.") and value == "auto":
             continue  # only what was chosen deserves a column
