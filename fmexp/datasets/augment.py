@@ -132,3 +132,105 @@ def _mixed(values: Tensor, share: float) -> Tensor:
 
 def _probabilities(labels: Tensor, num_classes: int) -> Tensor:
     return labels if labels.is_floating_point() else F.one_hot(labels, num_classes).float()
+
+
+def trivial_augment(images: Tensor, labels: Tensor, generator: Generator) -> Batch:
+    """Change each image by an operation and a strength of its own (Mueller and Hutter, arXiv 2103.10158).
+
+    Operations and strengths are those of torchvision's TrivialAugmentWide, and so are the bytes. Images that have drawn
+    the same operation are changed together, whatever the strength.
+
+    Raises:
+        ConfigError: the images are not uint8 of 1 or 3 channels, of 3x3 pixels at least.
+    """
+    if images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 3:
+        raise ConfigError(
+            f"augment: trivial_augment needs images torch.uint8 [B, 1 or 3, H, W], not {images.dtype} "
+            f"{list(images.shape)}. In a chain it stands before mixup."
+        )
+    names, strengths = _trivial(len(images), generator)
+    changed, kinds = images.clone(), ["Moved" if name in _MOVES else name for name in names]
+    for kind in sorted({*kinds} - {"Identity"}):
+        chosen = [index for index, other in enumerate(kinds) if other == kind]
+        by = [strengths[index] for index in chosen]
+        if kind == "Moved":
+            changed[chosen] = _moved(images[chosen], [names[index] for index in chosen], by)
+        else:
+            changed[chosen] = _recoloured(images[chosen], kind, torch.tensor(by, device=images.device))
+    return changed, labels
+
+
+# The strengths of each operation, from the first of 31 to the last; those of _SIGNED are as often below 0.
+_STRENGTHS = {
+    "Identity": (0.0, 0.0), "ShearX": (0.0, 0.99), "ShearY": (0.0, 0.99), "TranslateX": (0.0, 32.0),
+    "TranslateY": (0.0, 32.0), "Rotate": (0.0, 135.0), "Brightness": (0.0, 0.99), "Color": (0.0, 0.99),
+    "Contrast": (0.0, 0.99), "Sharpness": (0.0, 0.99), "Posterize": (8.0, 2.0), "Solarize": (1.0, 0.0),
+    "AutoContrast": (0.0, 0.0), "Equalize": (0.0, 0.0),
+}  # fmt: skip
+_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_SIGNED = (*_MOVES, "Brightness", "Color", "Contrast", "Sharpness")
+
+
+def _trivial(count: int, generator: Generator) -> tuple[list[str], list[float]]:
+    """The operation of each image, and its strength, a float32."""
+    draws = torch.rand(3, count, generator=generator).tolist()
+    names = [list(_STRENGTHS)[int(draw * len(_STRENGTHS))] for draw in draws[0]]
+    strengths = []
+    for name, place, sign in zip(names, *draws[1:], strict=True):
+        first, last = _STRENGTHS[name]
+        strength = first + (last - first) * int(place * 31) / 30
+        strength = round(strength) if name == "Posterize" else strength
+        strengths.append(-strength if name in _SIGNED and sign < 0.5 else strength)
+    return names, torch.tensor(strengths).tolist()
+
+
+def _moved(images: Tensor, names: list[str], strengths: list[float]) -> Tensor:
+    """Each image sheared, translated or rotated, black where nothing was, to the nearest pixel."""
+    height, width = images.shape[2:]
+    sources = [_source(name, by, height, width) for name, by in zip(names, strengths, strict=True)]
+    matrix = torch.tensor(sources).view(-1, 2, 3).transpose(1, 2) / torch.tensor([0.5 * width, 0.5 * height])
+    columns, rows = (torch.linspace((1 - side) * 0.5, (side - 1) * 0.5, side) for side in (width, height))
+    places = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width), torch.ones(height, width)], -1)
+    grid = places.view(1, -1, 3).expand(len(images), -1, -1).bmm(matrix).view(-1, height, width, 2)
+    return F.grid_sample(images.float(), grid.to(images.device), mode="nearest", align_corners=False).byte()
+
+
+def _source(name: str, by: float, height: int, width: int) -> tuple[float, ...]:
+    """Where a pixel comes from, seen from the middle: a, b, c of x = a x + b y + c, and d, e, f of y = d x + e y + f."""
+    cos, sin = math.cos(math.radians(by)), math.sin(math.radians(by))
+    return {
+        "ShearX": (1, by, by * height / 2, 0, 1, 0),  # from the top
+        "ShearY": (1, 0, 0, by, 1, by * width / 2),  # from the left
+        "TranslateX": (1, 0, -int(by), 0, 1, 0),
+        "TranslateY": (1, 0, 0, 0, 1, -int(by)),
+        "Rotate": (cos, -sin, 0, sin, cos, 0),
+    }[name]
+
+
+def _recoloured(images: Tensor, name: str, strengths: Tensor) -> Tensor:
+    """Images changed by one of the other operations, by their strengths, float32 [B].
+
+    What torchvision adds with one rounding, a number times a tensor, is float64 here, for each image has its number.
+    """
+    from torchvision.transforms.v2 import functional as torchvision  # takes a second
+
+    wide = torch.float32 if images.is_mps else torch.float64  # which MPS does not have
+    by = strengths[:, None, None, None].to(wide)
+    if name in ("AutoContrast", "Equalize"):
+        function = torchvision.autocontrast if name == "AutoContrast" else torchvision.equalize
+        return function(images)  # type: ignore[no-any-return]
+    if name == "Posterize":
+        return images & (256 - 2 ** (8 - by.long())).byte()
+    if name == "Solarize":
+        return torch.where(images >= (255 * by).float(), 255 - images, images)
+    if name == "Sharpness":  # but for the edge, which has no neighbours on one side
+        inner = images[:, :, 1:-1, 1:-1].to(wide)
+        smooth = (F.avg_pool2d(images.to(wide), 3, 1, divisor_override=1) + 4 * inner).div_(13).round_()
+        sharper = images.clone()
+        sharper[:, :, 1:-1, 1:-1] = (inner - (smooth - inner) * by).float().clamp_(0, 255).byte()
+        return sharper
+    grey = torchvision.rgb_to_grayscale(images).float() if images.shape[1] == 3 else images.float()
+    other = {"Brightness": torch.zeros_like(by), "Color": grey, "Contrast": grey.mean((1, 2, 3), keepdim=True)}[name]
+    if name == "Color" and images.shape[1] == 1:
+        return images
+    return (images * (1 + by).float()).to(wide).sub_(other * by).float().clamp_(0, 255).byte()

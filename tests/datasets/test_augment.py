@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from tools import SMALL, assert_same_weights, interrupt
 from torch import Generator, Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from fmexp import compose, datasets, execute
 from fmexp.build import build
 from fmexp.datasets import augment
+from fmexp.errors import ConfigError
 from fmexp.run import Run
 
 SIZES = [(32, 3, 32, 32), (9, 1, 28, 24), (1, 3, 7, 10)]
@@ -101,6 +102,36 @@ def test_mixup_and_cutmix_are_torchvisions(shape: tuple[int, ...], dtype: torch.
         assert torch.equal(twice, probabilities.roll(1, 0) * (1 - share) + probabilities * share)
 
 
+@pytest.mark.parametrize("shape", [*SIZES, (24, 3, 40, 23)])
+def test_trivial_augment_is_torchvisions(shape: tuple[int, ...]) -> None:
+    theirs, seen = v2.TrivialAugmentWide(), set()
+    assert list(augment._STRENGTHS) == list(theirs._AUGMENTATION_SPACE)
+    for name, (strengths, signed) in theirs._AUGMENTATION_SPACE.items():
+        assert signed == (name in augment._SIGNED)
+        if (all_31 := strengths(31, *shape[2:])) is not None:
+            assert augment._STRENGTHS[name] == pytest.approx((all_31[0].item(), all_31[-1].item()))
+    images, labels = batch(shape, torch.uint8)
+    images[::2] = images[::2] // 4 + 90  # low in contrast
+    for step in range(12):
+        names, strengths = augment._trivial(len(images), draws(step))
+        ours, same = augment.trivial_augment(images, labels, draws(step))
+        for image, name, strength, changed in zip(images, names, strengths, ours, strict=True):
+            how = {"interpolation": InterpolationMode.NEAREST, "fill": {Tensor: None}}
+            expected = theirs._apply_image_or_video_transform(image, name, strength, **how)
+            assert torch.equal(changed, expected), (name, strength)
+        assert same is labels
+        seen.update(names)
+    assert len(images) == 1 or seen == set(augment._STRENGTHS)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(2, 3, 8, 8), *(torch.zeros(2, *s, dtype=torch.uint8) for s in ((4, 8, 8), (1, 2, 8)))]
+)
+def test_trivial_augment_refuses_what_it_cannot_change(images: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"trivial_augment needs images torch\.uint8 \[B, 1 or 3, H, W\]"):
+        augment.trivial_augment(images, torch.zeros(2), draws())
+
+
 def test_shares_are_of_the_beta_distribution() -> None:
     shares = np.array([augment._share(0.2, augment.generator(0, step)) for step in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
@@ -109,6 +140,7 @@ def test_shares_are_of_the_beta_distribution() -> None:
 
 FUNCTIONS: dict[str, augment.Augment] = {
     "crop_flip": partial(augment.crop_flip, padding=4, flip=0.5),
+    "trivial_augment": augment.trivial_augment,
     "random_erasing": partial(augment.random_erasing, **ERASE),
     "mixup": partial(augment.mixup, alpha=1.0, num_classes=10),
     "cutmix": partial(augment.cutmix, alpha=1.0, num_classes=10),
@@ -175,7 +207,7 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
-@pytest.mark.parametrize("words", [CHAIN, ("augment=cutmix",)])
+@pytest.mark.parametrize("words", [CHAIN, ("augment=chain", "augment.order=[trivial_augment,cutmix]")])
 def test_workers_change_no_bit(run: Callable[..., Path], words: tuple[str, ...]) -> None:
     truth = run("memory", *words)
     for workers in (0, 1, 2, 4):
