@@ -196,7 +196,7 @@ def _moved(images: Tensor, names: list[str], strengths: list[float]) -> Tensor:
 
 
 def _source(name: str, by: float, height: int, width: int) -> tuple[float, ...]:
-    """Where a pixel comes from, seen from the middle: a, b, c of x = a x + b y + c, and d, e, f of y = d x + e y + f."""
+    """From where a pixel comes, seen from the middle: a, b, c and d, e, f of (a x + b y + c, d x + e y + f)."""
     cos, sin = math.cos(math.radians(by)), math.sin(math.radians(by))
     return {
         "ShearX": (1, by, by * height / 2, 0, 1, 0),  # from the top
