@@ -170,6 +170,15 @@ def test_whole_numbers_of_all_kinds_are_labels(label: Any) -> None:
     assert (labels.tolist(), labels.dtype) == ([1, 0], torch.int64)
 
 
+def test_bytes_are_normalised_and_do_not_mix_with_what_is_normalised_already() -> None:
+    items = Items((IMAGES[0], 0), (IMAGES[1], 1), ITEM)
+    dataset = Dataset(items, GOOD, ["a", "b"], mean=(0.4,), std=(0.3,))
+    datasets.check(dataset)
+    assert torch.equal(dataset.take(items, torch.tensor([0, 1]))[0], dataset.normalise(IMAGES[:2]))
+    with pytest.raises(DataError, match="some images are uint8 and others float32"):
+        dataset.take(items, torch.tensor([0, 2]))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_item_that_is_wrong_is_named_when_it_is_loaded(num_workers: int) -> None:
     items = Items(ITEM, ITEM, (ITEM[0][:, 1:], 0))
