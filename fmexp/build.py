@@ -46,7 +46,7 @@ def build(cfg: DictConfig) -> Run:
     with rng.fork(rng.derive_seed(cfg.seed, "batch")):
         dataset = dataset.to(device)
         loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
-    images, augment = dataset.ready(loaded), _augment(cfg.augment, len(dataset.classes))
+    images, augment = dataset.ready(loaded), _augment(cfg, len(dataset.classes))
     few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
     model = _model(cfg, dataset, few)
     with eval_mode(model, cfg.seed):
@@ -107,20 +107,30 @@ def _stage(name: str, node: DictConfig) -> Stage:
     return Stage(name, str(getattr(node.when, "name", node.when)), required, changes, function)
 
 
-def _augment(node: DictConfig, classes: int) -> datasets.augment.Augment | None:
+def _augment(cfg: DictConfig, classes: int) -> datasets.augment.Augment | None:
     """What changes a batch, told how many classes there are where it asks; None for `none`, which so costs nothing."""
-    arguments: Any = OmegaConf.to_container(node, resolve=True)
-    for step in arguments.get("steps", {}).values():  # of a chain
+    arguments: Any = OmegaConf.to_container(cfg.augment, resolve=True)
+    for step in _steps(arguments, dict).values():
         step["_partial_"] = True
     try:
         function: partial[Any] = instantiate(arguments, _partial_=True)
-        for part in (function, *function.keywords.get("steps", {}).values()):
+    except Exception as error:
+        raise _unbuildable("augment", cfg.augment, error) from error
+    for key, part in {"augment": function, **_steps(function.keywords, partial)}.items():
+        try:
             signature = inspect.signature(part.func)
             part.keywords.update({"num_classes": classes} if "num_classes" in signature.parameters else {})
             signature.bind(None, None, None, **part.keywords)
-    except Exception as error:
-        raise _unbuildable("augment", node, error) from error
+        except Exception as error:
+            raise _unbuildable(key, OmegaConf.select(cfg, key), error) from error
     return None if function.func is datasets.augment.none else function
+
+
+def _steps(arguments: dict[str, Any], kind: type) -> dict[str, Any]:
+    """What a chain may name, by its key: those of its arguments' `steps` that are of a kind."""
+    steps = arguments.get("steps")
+    named = steps.items() if isinstance(steps, dict) else ()
+    return {f"augment.steps.{name}": step for name, step in named if isinstance(step, kind)}
 
 
 def _augmented(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

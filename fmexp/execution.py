@@ -154,11 +154,10 @@ class _Execution:
         images = " + ".join(
             f"{datasets.length(part):,} {name}" for part, name in ((data.train, "training"), (data.test, "test"))
         )
-        augment = ", ".join(cfg.augment.get("order", [target(cfg.augment)]))
         for name, text in (
             ("data", data.description or target(cfg.dataset)),
             ("", f"{images} images of {channels}x{height}x{width}, {len(data.classes)} classes"),
-            *([("augment", augment)] if run.augment else []),
+            *([("augment", target(cfg.augment))] if run.augment else []),
             ("model", f"{target(cfg.model)}, {sum(p.numel() for p in run.model.parameters()):,} parameters"),
             ("optimizer", f"{target(cfg.optimizer)}, {settings}"),
             ("training", f"{total_steps(cfg, data):,} batches of {cfg.train.batch_size}, {run.backend}"),

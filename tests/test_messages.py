@@ -240,6 +240,8 @@ BUILT = [
     bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'", "those that fmexp gives"),
     bad("augment._target_=nowhere.blur", "augment._target_=nowhere.blur cannot be imported", NOT_IMPORTED),
     bad("+augment.foo=1", "augment._target_=fmexp.datasets.augment.none cannot be built", "'foo'", "those that fmexp"),
+    bad("augment=chain +augment.steps.crop_flip.foo=1", "augment.steps.crop_flip._target_=fmexp.datasets.",
+        "augment.crop_flip cannot be built", "'foo'", "Its arguments are padding, flip."),
     bad("augment=chain augment.order=[crop_flip,blur]", "augment.order has blur", "crop_flip, trivial_augment"),
     bad("augment._target_=wrong.halved", "augment._target_=wrong.halved makes images [4, 1, 14, 28] and labels "
         "torch.int64 [4] of images [4, 1, 28, 28]", "labels are numbers [4] or probabilities [4, 10]"),

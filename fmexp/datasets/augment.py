@@ -35,7 +35,7 @@ def chain(
 ) -> Batch:
     """Those of `steps` that `order` names, one after another."""
     for name in order:
-        if name not in steps:
+        if steps.get(name) is None:
             raise ConfigError(f"augment.order has {name}, which is none of augment.steps: {', '.join(steps)}.")
         images, labels = steps[name](images, labels, generator)
     return images, labels
