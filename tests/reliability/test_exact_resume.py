@@ -19,7 +19,7 @@ OPTIMIZERS = {"sgd": ("optimizer=sgd", "optimizer.momentum=0.9"), "adam": ("opti
 CHAIN = ("augment=chain", "augment.order=[crop_flip,mixup,random_erasing]")
 DATA = {
     "memory": (),
-    "workers": ("dataset._target_=reliability_parts.augmented", "train.num_workers=2", "train.epochs=1"),
+    "workers": (*CHAIN, "dataset._target_=reliability_parts.augmented", "train.num_workers=2", "train.epochs=1"),
     "mixed": CHAIN,
 }
 
