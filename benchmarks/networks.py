@@ -19,7 +19,7 @@ from torch import nn
 
 from fmexp.engine import backend
 from fmexp.engine.backend import Backend
-from fmexp.engine.step import train_step
+from fmexp.engine.step import TrainStep
 
 TORCHVISION = ("mobilenet_v3_small", "mobilenet_v2", "shufflenet_v2_x0_5", "efficientnet_b0", "resnet18",
                "squeezenet1_1", "densenet121", "mnasnet0_5", "regnet_y_400mf")  # fmt: skip
@@ -74,7 +74,7 @@ def cells(name: str) -> Iterator[dict[str, object]]:
         model.train()
 
         def step(how: Backend, images: torch.Tensor = images, labels: torch.Tensor = labels) -> None:
-            train_step(model, optimizer, images.to(memory_format=how.memory_format), labels)
+            TrainStep(model, optimizer)(images.to(memory_format=how.memory_format), labels)
 
         found = [1e3 * value for value in turns([ours, default], step)] if ours != default else None
         yield {"network": name, "size": size, "how": str(ours), "ms": found}

@@ -14,14 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fmexp import datasets, rng
-from fmexp.config import Moment
+from fmexp.config import Moment, maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.engine import backend, evaluation
+from fmexp.engine.loss import Loss, weights_of_classes
 from fmexp.engine.optim import build_optimizer
+from fmexp.engine.schedule import Schedule
 from fmexp.errors import CodeError, ConfigError, FmexpError
-from fmexp.run import Run, Stage, eval_mode, total_steps
+from fmexp.run import Run, Stage, eval_mode, steps_per_epoch, total_steps
 
 
 def build(cfg: DictConfig) -> Run:
@@ -53,12 +56,16 @@ def build(cfg: DictConfig) -> Run:
         _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
         how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
+    if cfg.train.accumulate > (batches := steps_per_epoch(cfg, dataset)):
+        raise ConfigError(f"train.accumulate={cfg.train.accumulate} is more than the {batches} batches of an epoch.")
     try:
         optimizer = build_optimizer(cfg.optimizer, model)
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    run = Run(cfg, device, dataset, model, optimizer, stages, augment, (images, labels), how, how_evaluated)
+    loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, batches, steps)
+    run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
+              (images, labels), how, how_evaluated)  # fmt: skip
     if augment:
         run.batch = _augmented(run, loaded, labels)
     return run
@@ -86,7 +93,8 @@ def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = 
 
 def _arguments(node: DictConfig) -> list[str]:
     """The names of a target's arguments, but for those that fmexp gives it."""
-    ours = ("run", "params", "input_shape", "num_classes", "log_dir", "images", "labels", "generator")
+    ours = ("run", "params", "input_shape", "num_classes", "log_dir", "logits", "labels", "step", "total",
+            "steps_per_epoch", "maximised", "images", "generator")  # fmt: skip
     return [name for name in inspect.signature(hydra.utils.get_method(node._target_)).parameters if name not in ours]
 
 
@@ -150,7 +158,64 @@ def _augmented(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
             f"{list(images.shape)}: images keep their shape, labels are numbers {allowed[0]} or "
             f"probabilities {allowed[1]}."
         )
+    try:
+        run.loss(torch.zeros(len(images), classes, device=run.device), targets)
+    except Exception as error:
+        raise _unbuildable(
+            "loss", run.cfg.loss, error, f"{name} makes labels {targets.dtype} {list(targets.shape)}"
+        ) from error
     return pixels, targets
+
+
+def _loss(cfg: DictConfig, dataset: datasets.Dataset, device: torch.device) -> Loss:
+    """The loss, which has been seen to take a batch of logits."""
+    arguments, classes = dict(cfg.loss), len(dataset.classes)
+    wanted = arguments.pop("class_weights", None)
+    loss = _bound("loss", cfg.loss, arguments, None, None)
+    if wanted is not None:
+        plain: Any = OmegaConf.to_object(wanted) if OmegaConf.is_config(wanted) else wanted
+        weights = weights_of_classes(plain, datasets.labels(dataset.train), classes)
+        loss = partial(loss, class_weights=weights.to(device))
+    try:
+        value = loss(torch.zeros(2, classes, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+        if not isinstance(value, Tensor) or value.dim():
+            raise ValueError(f"it returns {tuple(value.shape) if isinstance(value, Tensor) else value!r}, no scalar")
+    except Exception as error:
+        raise _unbuildable("loss", cfg.loss, error) from error
+    return loss
+
+
+def _schedule(cfg: DictConfig, batches: int, steps: int) -> Schedule:
+    """The schedule; what it asks for of these it is given: batches an epoch, the rate, which objective is better."""
+    node, known = (
+        cfg.schedule,
+        {"steps_per_epoch": batches, "lr": cfg.optimizer.lr, "maximised": maximised(cfg.objective)},
+    )
+    try:
+        target = hydra.utils.get_object(node._target_)
+        asked = {name: known[name] for name in inspect.signature(target).parameters if name in known}
+    except Exception as error:
+        raise _unbuildable("schedule", node, error) from error
+    made = inspect.isclass(target)  # and so has a state, as Plateau
+    function = _bound("schedule", node, node, *(() if made else (0, 1)), **asked)
+    function = partial(function.func, **function.keywords, **asked)
+    try:
+        schedule: Schedule = function() if made else function
+        for step in (0, steps // 2, steps - 1):
+            float(schedule(step, steps))
+    except Exception as error:
+        raise _unbuildable("schedule", node, error) from error
+    return schedule
+
+
+def _average(cfg: DictConfig, model: nn.Module) -> AveragedModel | None:
+    """The running average of the weights and buffers, as train.ema asks for it."""
+    if cfg.train.ema is None:
+        return None
+    try:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.train.ema), use_buffers=True)
+    except Exception as error:  # whatever copying a model raises
+        raise ConfigError(f"train.ema={cfg.train.ema}: the model cannot be copied: {error}") from error
 
 
 def _model(cfg: DictConfig, dataset: datasets.Dataset, images: Tensor) -> nn.Module:

@@ -5,7 +5,14 @@ from hydra.errors import CompactHydraException
 
 def first_line(error: BaseException) -> str:
     """What an exception of somebody else's says, for a warning of one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """A text in which what a terminal would obey, or not show, stands as its code: \\x1b, \\u202e; lines stay lines."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class FmexpError(CompactHydraException):
@@ -13,6 +20,9 @@ class FmexpError(CompactHydraException):
 
     Hydra prints exceptions of this family without a traceback (HYDRA_FULL_ERROR=1 shows it). A path in it is absolute.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(FmexpError):

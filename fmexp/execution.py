@@ -134,7 +134,7 @@ class _Execution:
         tensorboard.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
         if status == "complete":
-            weights = run.model.state_dict()
+            weights = run.kept.state_dict()
             for name, value in weights.items():
                 if isinstance(value, torch.Tensor):
                     weights[name] = value.cpu()  # to be read where there is no such device
@@ -218,10 +218,14 @@ def _finished(output_dir: Path) -> float | None:
     result = layout.read_result(output_dir)
     if not result or result.get("status") not in ("complete", "diverged"):
         return None
+    objective = result.get("objective")
+    if not isinstance(objective, int | float | None):
+        log.warning("%s is damaged, and the run counts as not ended", output_dir / layout.RESULT)
+        return None
     with suppress(OSError):  # a folder that may only be read
         checkpoint.discard(output_dir)  # if the process was killed just before it did so itself
     log.info("%s is %s already; nothing is trained", shown(output_dir), result["status"])
-    return math.nan if result["objective"] is None else float(result["objective"])
+    return math.nan if objective is None else float(objective)
 
 
 def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str, **more: str) -> float:

@@ -14,12 +14,15 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 from fmexp import datasets, rng
 from fmexp.engine.backend import Backend
 from fmexp.engine.cuda_graph import bits
 from fmexp.engine.evaluation import Evaluation, evaluate
+from fmexp.engine.loss import Loss
+from fmexp.engine.schedule import Schedule
 from fmexp.rundir.atomic import disk_full
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ class Run:
         batch: the latest training batch as the model was given it, on the device: normalised float32 [B, C, H, W], and
             int64 [B], or after mixup and cutmix probabilities float32 [B, K]; before training a random one.
         losses: of the batches since the last running loss.
+        loss, schedule: what is trained for, and the factor of the learning rate at each step.
+        average: the running average of the weights (train.ema), or None.
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
         backend, evaluation_backend: how the training and the evaluation are computed.
@@ -66,6 +71,9 @@ class Run:
     dataset: datasets.Dataset
     model: nn.Module
     optimizer: Optimizer
+    loss: Loss
+    schedule: Schedule
+    average: AveragedModel | None
     stages: list[Stage]
     augment: datasets.augment.Augment | None
     batch: tuple[Tensor, Tensor]
@@ -83,13 +91,18 @@ class Run:
     _evaluations: dict[str, Evaluation] = field(default_factory=dict, init=False)
     _told: set[str] = field(default_factory=set, init=False)  # stages that were warned of
 
+    @property
+    def kept(self) -> nn.Module:
+        """The model that is evaluated and written to model.pt: the average of the weights, where there is one."""
+        return self.average.module if self.average else self.model
+
     def evaluate(self, split: str) -> Evaluation:
         """What the model, as it is now, says of a split ("train" or "test"): one pass, kept until the next batch."""
         if split not in self._evaluations:
             how = self.evaluation_backend
-            with eval_mode(self.model, rng.derive_seed(self.cfg.seed, "evaluation")), how.applied():
+            with eval_mode(self.kept, rng.derive_seed(self.cfg.seed, "evaluation")), how.applied():
                 self._evaluations[split] = evaluate(
-                    self.model,
+                    self.kept,
                     self.dataset,
                     getattr(self.dataset, split),
                     device=self.device,

@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fmexp import datasets, rng
-from fmexp.engine.compile import compile_step
+from fmexp.engine.compile import compiled_backward
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
 from fmexp.engine.extra_state import ExtraState
-from fmexp.engine.step import Step, train_step
+from fmexp.engine.schedule import Following, LearningRate
+from fmexp.engine.step import Backward, Step, TrainStep, plain_backward
 from fmexp.errors import first_line
 from fmexp.process import Stop
 from fmexp.run import Run, eval_mode, steps_per_epoch, total_steps
@@ -54,12 +55,14 @@ class Trainer:
     ) -> None:
         self.run, self.folder, self.about = run, folder, about or {}
         self.stop, self.resume_command = stop or Stop(), resume_command
-        self.step: Step | None = None
+        self.train_step = TrainStep(run.model, run.optimizer, clip_grad=run.cfg.train.clip_grad)
+        self.step: Step | None = None  # the same, perhaps as a graph
         cfg = run.cfg.train
         self.batch_size, self.num_workers = cfg.batch_size, cfg.num_workers  # here, for OmegaConf is slow in a loop
-        self.log_every, self.checkpoint_every = cfg.log_every, cfg.checkpoint_every
+        self.log_every, self.checkpoint_every, self.accumulate = cfg.log_every, cfg.checkpoint_every, cfg.accumulate
         self.steps_per_epoch = steps_per_epoch(run.cfg, run.dataset)
         self.total_steps = total_steps(run.cfg, run.dataset)
+        self.rate = LearningRate(run.optimizer, run.schedule, self.total_steps)
         self.started = time.monotonic()
         self.saved, self.save_seconds = self.started, 0.05  # when the last checkpoint was written, and how long it took
         self.first_save = True
@@ -73,7 +76,7 @@ class Trainer:
             SystemExit: a signal stopped the run, after it was saved.
         """
         run, seed = self.run, self.run.cfg.seed
-        step = self.step = build_step(run)
+        step = self.step = self.build_step()
         # tqdm reads its variable at import alone, and not where `disable` is given. None: shown on a terminal alone.
         hidden = True if os.environ.get("TQDM_DISABLE") else None
         with tqdm(
@@ -88,16 +91,41 @@ class Trainer:
                     device=run.device, num_workers=self.num_workers, seed=(seed, run.epoch),
                     raw=run.augment is not None,  # else it normalises many small batches at a time
                 ):  # fmt: skip
-                    run.batch = run.augmented(images, labels, run.step)
-                    loss = step(*run.batch)
+                    run.batch = images, labels = run.augmented(images, labels, run.step)
+                    self.rate.set(run.step)
+                    if self.accumulate > 1:
+                        self.enter_window(len(labels))
+                    loss = step(images, labels)
                     self.after_step(loss)
                     bar.update()
                     if run.step == self.total_steps:  # train.max_steps may cut an epoch short
                         break
 
+    def build_step(self) -> Step:
+        """The fastest step that this run can have: plain, compiled, or a CUDA graph of either."""
+        run = self.run
+        self.train_step.backward = build_backward(run)
+        recorder = find_recorder(run)
+        if recorder is None:
+            return self.train_step
+        if self.rate.varies:
+            self.rate.on_device(run.device)
+        return GraphedStep(self.train_step, run.model, run.optimizer, self.batch_size, recorder)
+
+    def enter_window(self, images: int) -> None:
+        """Tell the step where a batch of so many images stands in its window of train.accumulate batches; the last
+        window of an epoch, or of the run, has those that are left."""
+        run, step = self.run, self.train_step
+        first = run.position - run.position % self.accumulate
+        end = min(first + self.accumulate, self.steps_per_epoch, run.position + self.total_steps - run.step)
+        count = min(end * self.batch_size, datasets.length(run.dataset.train)) - first * self.batch_size
+        step.begins, step.ends, step.share = run.position == first, run.position + 1 == end, images / count
+
     def after_step(self, loss: Tensor) -> None:
         """Count a step, and do what is due after it: running loss, end of an epoch, checkpoint, stop."""
         run = self.run
+        if run.average and self.train_step.ends:
+            run.average.update_parameters(run.model)
         run.losses.append(loss)
         run.step += 1
         run.position += 1
@@ -115,6 +143,9 @@ class Trainer:
         loss = mean_loss(run.losses, run.step)
         run.losses.clear()
         run.scalar(run.cfg.train.tag, loss)
+        run.writer.add_scalar("train/lr", self.rate.value, run.step)  # no metrics: nobody ranks runs by them
+        if run.cfg.train.clip_grad is not None:
+            run.writer.add_scalar("train/grad_norm", float(self.train_step.grad_norm), run.step)
         log.info("step %d: %s %.4f", run.step, run.cfg.train.tag, loss)
         self.run_stages("log")
 
@@ -130,6 +161,8 @@ class Trainer:
         run.scalar("test/accuracy", evaluation.accuracy)
         best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone
         run.scalar(best, max(evaluation.accuracy, run.metrics.get(best, 0.0)))
+        if isinstance(run.schedule, Following):
+            run.schedule.after_epoch(run.metrics[run.cfg.objective])
         log.info("epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, evaluation.accuracy, evaluation.loss)
         self.run_stages("epoch")
 
@@ -183,6 +216,12 @@ class Trainer:
             "seconds": run.seconds + time.monotonic() - self.started,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "lr_factor": self.rate.factor,
+            "schedule": run.schedule.state_dict() if isinstance(run.schedule, Following) else {},
+            "average": run.average.state_dict() if run.average else {},
+            "grad_norm": self.train_step.grad_norm,
+            # of a window that is not full; else the next step begins by forgetting them
+            "gradients": [] if self.train_step.ends else [p.grad for p in run.model.parameters()],
             "extra": self.extra.state_dict(),
             "random": rng.get_state(),
             "backend": asdict(run.backend),
@@ -197,7 +236,16 @@ class Trainer:
         run.model.load_state_dict(state["model"])
         for saved, group in zip(state["optimizer"].get("param_groups", ()), run.optimizer.param_groups, strict=False):
             saved.update({name: group[name] for name in ("fused", "capturable") if name in group})  # of this device
+            saved["lr"] = float(saved["lr"])
         run.optimizer.load_state_dict(state["optimizer"])
+        self.rate.factor = state["lr_factor"]
+        if isinstance(run.schedule, Following):
+            run.schedule.load_state_dict(state["schedule"])
+        if run.average:
+            run.average.load_state_dict(state["average"])
+        self.train_step.grad_norm.copy_(state["grad_norm"])
+        for parameter, gradient in zip(run.model.parameters(), state["gradients"], strict=False):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self.extra.load_state_dict(state.get("extra", {}))
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
@@ -210,46 +258,40 @@ class Trainer:
             run.batch = last_batch(run)
 
 
-def build_step(run: Run) -> Step:
-    """The fastest step that this run can have: plain, compiled, or a CUDA graph of either.
+def build_backward(run: Run) -> Backward:
+    """Plain, or compiled for whole batches where run.backend says so and the model can be compiled.
 
     Trying it changes nothing of the run but run.backend.compiled.
     """
-    memory_format = run.backend.memory_format
+    size, memory_format, precision = run.cfg.train.batch_size, run.backend.memory_format, run.cfg.train.precision
+    in_order = plain_backward(run.model, run.loss, precision)
 
-    def plain(images: Tensor, labels: Tensor) -> Tensor:
-        return train_step(run.model, run.optimizer, images.to(memory_format=memory_format), labels)
+    def plain(images: Tensor, labels: Tensor, factor: float) -> Tensor:
+        return in_order(images.to(memory_format=memory_format), labels, factor)
 
-    step = _compiled(run, plain) if run.backend.compiled else plain
-    if step is plain:
+    whole: Backward = plain
+    if run.backend.compiled and datasets.length(run.dataset.train) >= size:
+        try:
+            with eval_mode(run.model, 0):
+                run.model.train()
+                images, labels = run.dataset.take(run.dataset.train, torch.arange(size), raw=True)
+                batch = run.augmented(images.to(run.device), labels.to(run.device), 0)
+                whole = compiled_backward(run.model, *batch, run.loss, precision)
+        except Exception as error:  # whatever a compiler raises
+            log.warning("the model cannot be compiled and is trained without that: %s", first_line(error))
+    if whole is plain:
         run.backend = replace(run.backend, compiled=False)
-    recorder = find_recorder(run)
-    if recorder is None:
-        return step
-    return GraphedStep(step, run.model, run.optimizer, run.cfg.train.batch_size, recorder)
-
-
-def _compiled(run: Run, plain: Step) -> Step:
-    """The step compiled for whole batches and plain for others, or the plain one where the model cannot be compiled."""
-    size = run.cfg.train.batch_size
-    if datasets.length(run.dataset.train) < size:
         return plain
-    try:
-        with eval_mode(run.model, 0):
-            run.model.train()
-            images, labels = run.dataset.take(run.dataset.train, torch.arange(size), raw=True)
-            batch = run.augmented(images.to(run.device), labels.to(run.device), 0)
-            whole = compile_step(run.model, run.optimizer, *batch)
-    except Exception as error:  # whatever a compiler raises
-        log.warning("the model cannot be compiled and is trained without that: %s", first_line(error))
-        return plain
-    return lambda images, labels: (whole if len(labels) == size else plain)(images, labels)
+    return lambda images, labels, factor: (whole if len(labels) == size else plain)(images, labels, factor)
 
 
 def find_recorder(run: Run) -> Recorder | None:
-    """What can capture this run's step: on CUDA alone, with the data there, and where train.compile is not false."""
-    in_memory = isinstance(run.dataset.train, datasets.Split)
-    possible = run.device.type == "cuda" and in_memory and run.cfg.train.compile is not False
+    """What can capture this run's step: on CUDA alone, with the data there, and where train.compile is not false.
+
+    Steps of several batches (train.accumulate) are not all alike.
+    """
+    in_memory, cfg = isinstance(run.dataset.train, datasets.Split), run.cfg.train
+    possible = run.device.type == "cuda" and in_memory and cfg.compile is not False and cfg.accumulate == 1
     return CudaRecorder(run.device) if possible else None
 
 

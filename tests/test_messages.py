@@ -34,7 +34,7 @@ OWN_CONF = {
     "experiment/halves": "# @package _global_\ntrain: {epochs: 2.5}\n",
     "experiment/none": "# @package _global_\ntrain: {batch_size: 0}\n",
     "experiment/epochz": "# @package _global_\ntrain: {epochz: 3}\n",
-    "experiment/focal": "# @package _global_\nloss: focal\n",
+    "experiment/focal": "# @package _global_\nlos: focal\n",
     "experiment/elsewhere": "# @package _global_\ndefaults:\n  - override /optimizer: adamm\n",
     "model/three": "_target_: wrong.Three\n",
     "model/function": "_target_: wrong.no_model\n",
@@ -55,6 +55,10 @@ OWN_CONF = {
 OWN_CODE = '''"""Objects that are not what fmexp needs."""
 
 from torch import nn
+
+
+def numbers_alone(logits, labels):
+    return logits[range(len(labels)), labels].mean()
 
 
 def halved(images, labels, generator):
@@ -121,7 +125,7 @@ COMPOSED = [
     bad("+stage=mine", "stage/mine", "pr_curves, predictions, projector"),
     bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, momentum, ", "+optimizer.lrr=0.1"),
     bad("optimizr=adam", "There is no key and no group optimizr. Did you mean optimizer?",
-        "dataset, augment, model, opt", "stage, experiment; the keys are seed, device, objective, resume, train"),
+        "dataset, augment, model, loss, opt", "stage, experiment; the keys are seed, device, objective, resume, train"),
     bad("lr=0.1", "There is no key and no group lr. Did you mean optimizer.lr?"),
     bad("stage.pr_curvs.when=end", "There is no key stage.pr_curvs. Did you mean stage.pr_curves?"),
     bad("optimizer.lr=fast", "optimizer.lr=fast", "could not be converted to Float"),
@@ -151,12 +155,11 @@ COMPOSED = [
     bad("++train.epoch=3", "There is no key train.epoch. Did you mean train.epochs?"),
     bad("+train.compile.mode=max", "train.compile={'mode': 'max'} must be one of auto, true, false"),
     bad("+sweep.dryrun=true", "There is no key sweep.dryrun. Did you mean sweep.dry_run?"),
-    bad("+loss=focal", "There is no key and no group loss.\nThe groups are dataset, augment",
-        "experiment; the keys are"),
+    bad("+lossy=focal", "There is no key and no group lossy.", "experiment; the keys are"),
     bad("+bf16=true", "There is no key and no group bf16.\n"),
     bad("+trian.epochs=3", "There is no key and no group trian. Did you mean train?"),
     bad("+lr=0.1", "There is no key and no group lr. Did you mean optimizer.lr?"),
-    bad("experiment=focal", "experiment/focal", "There is no key and no group loss.\nThe groups are dataset"),
+    bad("experiment=focal", "experiment/focal", "There is no key and no group los."),
     bad("--multirun +train.grad_clip=1,2", "There is no key train.grad_clip.\ntrain has"),
     bad("--multirun +bf16=true seed=1,2", "There is no key and no group bf16.\n"),
     bad("--multirun hydra/sweeper=optuna +bf16=true seed=interval(1,9)", "There is no key and no group bf16.\n"),
@@ -238,6 +241,8 @@ BUILT = [
     bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size"),
     bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, mom"),
     bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'", "those that fmexp gives"),
+    bad("augment=mixup loss._target_=wrong.numbers_alone ~loss.label_smoothing ~loss.class_weights",
+        "loss._target_=wrong.numbers_alone cannot be built", "mixup makes labels torch.float32 [4, 10]."),
     bad("augment._target_=nowhere.blur", "augment._target_=nowhere.blur cannot be imported", NOT_IMPORTED),
     bad("+augment.foo=1", "augment._target_=fmexp.datasets.augment.none cannot be built", "'foo'", "those that fmexp"),
     bad("augment=chain +augment.steps.crop_flip.foo=1", "augment.steps.crop_flip._target_=fmexp.datasets.",

@@ -23,7 +23,7 @@ class Moment(Enum):
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field whose value has limits: `least` and `most` (inclusive), `below` (exclusive), `one_of`.
+    """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`.
 
     `word` is what a whole number within the limits may be replaced by, `length` how many values a list has.
     """
@@ -42,6 +42,10 @@ class Train:
     log_every: int = limited(1000, least=1)
     max_steps: int | None = limited(None, least=1)
     num_workers: int = limited(2, least=0)
+    precision: Any = limited(32, one_of=(32, "bf16"))
+    clip_grad: float | None = limited(None, above=0.0)
+    accumulate: int = limited(1, least=1)
+    ema: float | None = limited(None, above=0.0, below=1.0)
     compile: Any = limited("auto", one_of=("auto", True, False))
     checkpoint_every: int | None = limited(None, least=1)
     tag: str = "train/loss"
@@ -71,9 +75,16 @@ class Config:
     dataset: Any = MISSING
     augment: Any = MISSING
     model: Any = MISSING
+    loss: Any = MISSING
     optimizer: Any = MISSING
+    schedule: Any = MISSING
     logging: Any = MISSING
     stage: dict[str, Any] = field(default_factory=dict)
+
+
+def maximised(objective: str) -> bool:
+    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
+    return objective == "test/accuracy"
 
 
 # What a key means is said once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.
@@ -159,6 +170,68 @@ class Model:
 class MLP(Model):
     hidden: list[int] = listed(256, 128, least=1)  # width of each hidden layer; []: one layer from pixels to classes
     dropout: float = limited(0.0, least=0.0, below=1.0)  # the share of hidden units that each training step leaves out
+
+
+@dataclass
+class Loss:
+    _target_: str = MISSING  # the import path of a function, called with logits, labels and the keys below
+
+
+@dataclass
+class CrossEntropy(Loss):
+    # this share of each label is spread over all classes
+    label_smoothing: float = limited(0.0, least=0.0, below=1.0)
+    # how much an image counts, by its label: null: all alike; balanced: all classes alike; or a number for each class
+    class_weights: Any = None
+
+
+@dataclass
+class Focal(Loss):
+    gamma: float = limited(2.0, least=0.0)  # how much less an image counts that is classified well; 0: cross-entropy
+    # how much an image counts, by its label: null: all alike; balanced: all classes alike; or a number for each class
+    class_weights: Any = None
+
+
+@dataclass
+class Binary(Loss):
+    # this share of each label is spread over all classes
+    label_smoothing: float = limited(0.0, least=0.0, below=1.0)
+
+
+@dataclass
+class Schedule:
+    _target_: str = MISSING  # the import path of a function, called with the step, the run's length and the keys below
+
+
+@dataclass
+class Warmed(Schedule):
+    warmup_epochs: float | None = limited(0.0, least=0.0)  # in which the rate rises from nearly 0; parts of one, too
+
+
+@dataclass
+class Falling(Warmed):
+    floor: float = limited(0.0, least=0.0, most=1.0)  # the share of optimizer.lr that the rate does not fall below
+
+
+@dataclass
+class Steps(Falling):
+    milestones: list[float] = listed(0.5, 0.75, least=0.0)  # in epochs, or where all are below 1 as shares of the run
+    gamma: float = limited(0.1, least=0.0, most=1.0)  # what the rate is multiplied by at each
+
+
+@dataclass
+class OneCycle(Falling):
+    # of the way up; null: 0.3 of the run
+    warmup_epochs: float | None = limited(None, least=0.0)
+    start: float = limited(0.04, least=0.0, most=1.0)  # the share of optimizer.lr that the way up begins with
+
+
+@dataclass
+class Plateau(Schedule):
+    factor: float = limited(0.1, least=0.0, below=1.0)  # what the rate is multiplied by
+    patience: int = limited(2, least=0)  # epochs without a better objective that are waited for
+    cooldown: int = limited(0, least=0)  # epochs after a change in which nothing is counted
+    min_lr: float = limited(0.0, least=0.0)  # the rate is not lowered below it
 
 
 @dataclass
@@ -257,6 +330,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "chain": Chain,
     },
     "model": {"plain": Model, "mlp": MLP},
+    "loss": {"cross_entropy": CrossEntropy, "focal": Focal, "binary": Binary},
+    "schedule": {
+        "warmed": Warmed,
+        "falling": Falling,
+        "step": Steps,
+        "one_cycle": OneCycle,
+        "plateau": Plateau,
+    },
     "optimizer": {"plain": Optimizer, "sgd": SGD, "adam": Adam, "rmsprop": RMSprop},
     "logging": {"tensorboard": Logging},
     "stage": {

@@ -31,7 +31,7 @@ def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming key and value, for what Hydra's types let through."""
     check_keys(cfg)
     with in_words():
-        for group in ("dataset", "augment", "model", "optimizer", "logging"):
+        for group in ("dataset", "augment", "model", "loss", "optimizer", "schedule", "logging"):
             check_target(group, cfg[group])
         _check_own_keys(cfg.dataset)
         for name, stage in cfg.stage.items():
@@ -168,7 +168,7 @@ def _check_tags(cfg: DictConfig) -> None:
     written = ["test/accuracy", "test/loss"]
     if cfg.objective not in (*written, cfg.train.tag):
         raise ConfigError(f"objective={cfg.objective} must be one of {', '.join((*written, cfg.train.tag))}.")
-    taken = {tag: tag for tag in (*written, "wall_seconds", "config")}
+    taken = {tag: tag for tag in (*written, "train/lr", "train/grad_norm", "wall_seconds", "config")}
     taken |= {stage.tag: f"stage.{name}.tag" for name, stage in cfg.stage.items() if stage.get("tag")}
     if cfg.train.tag in taken:
         raise ConfigError(f"train.tag={cfg.train.tag} is taken by {taken[cfg.train.tag]}. Name another.")

@@ -140,6 +140,14 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor | fl
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
+def labels(split: Split | MapStyle) -> Tensor | None:
+    """All labels of a split, int64 [N]: of a map-style one those in its `targets`, or None where it has none."""
+    if isinstance(split, Split):
+        return split.labels
+    targets = getattr(split, "targets", None)
+    return None if targets is None else torch.as_tensor(targets)
+
+
 def length(split: Split | MapStyle) -> int:
     """How many images a split has."""
     return len(split)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__

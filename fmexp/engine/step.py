@@ -11,21 +11,76 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-# Images float32 [B, C, H, W] and labels int64 [B] to the loss before the update, a scalar tensor. Plain, compiled or a
-# CUDA graph: whoever trains calls a step and does not know which it is.
+from fmexp.engine.loss import Loss
+
+# Images float32 [B, C, H, W] and labels (int64 [B], or probabilities [B, K]) to the loss before the update, a scalar
+# tensor. Plain, compiled or a CUDA graph: whoever trains calls a step and does not know which it is.
 Step = Callable[[Tensor, Tensor], Tensor]
+# The same, and the gradients, times a factor, are added to those of the parameters.
+Backward = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def train_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> Tensor:
-    """Train on one batch: forward, cross-entropy, backward, update."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-    loss = F.cross_entropy(model(images), labels)
-    loss.backward()
-    with torch.no_grad():
-        update(optimizer)
-    return loss.detach()
+def plain_backward(model: nn.Module, loss: Loss = F.cross_entropy, precision: str | int = 32) -> Backward:
+    """Forward, loss and backward as PyTorch does them; with bf16 the forward under autocast."""
+    forward = precise(model, loss, precision)
+
+    def backward(images: Tensor, labels: Tensor, factor: float) -> Tensor:
+        value = forward(images, labels)
+        (value if factor == 1 else value * factor).backward()
+        return value.detach()
+
+    return backward
+
+
+def precise(model: Callable[[Tensor], Tensor], loss: Loss, precision: str | int) -> Step:
+    """The loss of a batch, computed in a precision: 32, or bf16 where autocast finds that it is safe."""
+    if precision == 32:
+        return lambda images, labels: loss(model(images), labels)
+
+    def autocast(images: Tensor, labels: Tensor) -> Tensor:
+        # Without its cache, which a CUDA graph would read after its time (pytorch#71631).
+        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+            return loss(model(images).float(), labels)
+
+    return autocast
+
+
+class TrainStep:
+    """A training step: backward, clip, update.
+
+    Args:
+        backward: how gradients are computed; by default plainly, of the cross-entropy.
+        clip_grad: the norm to which the gradients of all parameters together are cut.
+
+    Attributes:
+        begins, ends, share: where the batch stands in its window, whose gradients make one update: whether it is the
+            first, whether it is the last, and what share of the window's images it has. One batch is a window, unless
+            train.accumulate is above 1.
+        grad_norm: the norm before the last update, a scalar tensor; 0 while there was none, or without clip_grad.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, backward: Backward | None = None, clip_grad: float | None = None
+    ) -> None:
+        self.optimizer, self.backward, self.clip_grad = optimizer, backward or plain_backward(model), clip_grad
+        self.begins, self.ends, self.share = True, True, 1.0
+        self.grad_norm = torch.zeros((), device=next(model.parameters()).device)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.begins:
+            for parameter in self.parameters():
+                parameter.grad = None
+        loss = self.backward(images, labels, self.share)
+        if self.ends:
+            with torch.no_grad():
+                if self.clip_grad is not None:  # copied, for a graph fills the same tensor at each replay
+                    self.grad_norm.copy_(nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad))
+                update(self.optimizer)
+        return loss
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimizer updates."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 def update(optimizer: Optimizer) -> None:

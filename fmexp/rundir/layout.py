@@ -1,5 +1,6 @@
 """A run's folder: who may write in it, which run it holds, and what came of that run."""
 
+import fcntl
 import json
 import os
 import socket
@@ -12,11 +13,12 @@ import filelock
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fmexp import config
-from fmexp.errors import ConfigError
-from fmexp.rundir import atomic
+from fmexp.errors import ConfigError, FmexpError, printable
+from fmexp.rundir import atomic, bounded
 
 RESULT, CONFIG = "result.json", ".hydra/config.yaml"
 LOCK, OWNER = ".lock", ".lock.owner"
+FILES = (RESULT, CONFIG, LOCK, OWNER, "fmexp.log", "model.pt", "checkpoint.pt", "checkpoint.previous.pt")
 
 
 class LockedError(ConfigError):
@@ -68,7 +70,10 @@ def check_no_run(root: Path) -> None:
 
 
 def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
-    """Raise ConfigError where the folder holds another run than the resolved configuration `tree`."""
+    """Raise ConfigError where the folder holds another run than the resolved configuration `tree`, and FmexpError where
+    a link, a pipe or a folder is in the place of one of a run's files."""
+    for name in FILES:
+        bounded.check_regular(folder / name)
     if not holds_run(folder):
         return
     if not resume:
@@ -108,17 +113,22 @@ def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictCo
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of the run that the folder holds; a damaged file raises whatever its reader raises."""
-    held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-    assert isinstance(held, dict)
+    """The resolved configuration of the run that the folder holds.
+
+    Raises:
+        FileNotFoundError, FmexpError: it cannot be read.
+    """
+    held = bounded.read_yaml(folder / CONFIG)
+    if not isinstance(held, dict):
+        raise FmexpError(f"{folder / CONFIG} is no mapping.")
     return {str(key): value for key, value in held.items()}
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The content of result.json, or None."""
+    """The content of result.json, or None where no run has ended with it: there is none, or it is damaged."""
     try:
-        result = json.loads((folder / RESULT).read_text())
-    except (OSError, ValueError):
+        result = bounded.read_json(folder / RESULT)
+    except (FileNotFoundError, FmexpError):
         return None
     return result if isinstance(result, dict) else None
 
@@ -154,17 +164,19 @@ def digest(folder: Path) -> str:
 
 def owner(folder: Path) -> str:
     """Who holds the folder, in words."""
-    with suppress(OSError, ValueError):
-        return "process {pid} on {host}".format(**json.loads((folder / OWNER).read_text()))
+    with suppress(OSError, FmexpError, KeyError, TypeError):
+        said = bounded.read_json(folder / OWNER)
+        return printable(f"process {said['pid']} on {said['host']}")
     return "another process"
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process is running in the folder."""
-    if not (folder / LOCK).exists():
-        return False
+    """Whether a process is running in the folder, which may be one where nothing can be written."""
     try:
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            return False
-    except filelock.Timeout:
+        with bounded.open_regular(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # filelock's own is exclusive, of the same kind
+    except BlockingIOError:
         return True
+    except (OSError, FmexpError):
+        return False
+    return False

@@ -14,11 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmexp.errors import FmexpError
-from fmexp.rundir import layout
+from fmexp.errors import FmexpError, first_line, printable
+from fmexp.rundir import bounded, layout
 
 if TYPE_CHECKING:
     from PIL import Image
+
+STATUSES = ("complete", "diverged", "failed", "running", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,24 @@ class Result:
                 encoded[tag] = [
                     (event.step, png) for event in events.Tensors(tag) for png in event.tensor_proto.string_val[2:]
                 ]
-        return {tag: [(step, Image.open(io.BytesIO(png))) for step, png in found] for tag, found in encoded.items()}
+        try:
+            return {tag: [(step, Image.open(io.BytesIO(png), formats=["PNG"])) for step, png in found]
+                    for tag, found in encoded.items()}  # fmt: skip
+        except (OSError, Image.DecompressionBombError) as error:
+            raise FmexpError(f"{self.folder.absolute()}: a picture of its event files is no PNG: {error}") from error
 
     @cached_property
     def _events(self) -> Any:
         """TensorBoard's EventAccumulator on the folder, nothing sampled away."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+        for path in self.folder.glob("*tfevents*"):
+            bounded.check_regular(path)
         logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it reports the end of each file
-        return EventAccumulator(str(self.folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
+        try:
+            return EventAccumulator(str(self.folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
+        except Exception as error:  # whatever a damaged file makes TensorBoard raise
+            raise FmexpError(f"{self.folder.absolute()}: its event files are damaged: {first_line(error)}") from error
 
 
 def read(folder_of_run: str | Path) -> Result:
@@ -97,20 +108,24 @@ def read(folder_of_run: str | Path) -> Result:
             "fmexp.sweep.read reads the members of a sweep."
         )
     word, content = _status(path)
+    if word not in STATUSES:
+        raise FmexpError(f"{path.absolute() / layout.RESULT} is damaged: status {word}. Move it away to go on.")
     objective = content.get("objective")
     try:
         return Result(
             folder=path,
             status=word,
             objective=math.nan if objective is None else float(objective),
-            metrics={tag: float(value) for tag, value in content.get("metrics", {}).items() if value is not None},
+            metrics={
+                printable(tag): float(value) for tag, value in content.get("metrics", {}).items() if value is not None
+            },
             steps=int(content.get("steps", 0)),
             seconds=float(content.get("seconds", 0.0)),
-            failures=dict(content.get("failures", {})),
-            error=str(content.get("error", "")),
+            failures={printable(name): printable(str(said)) for name, said in content.get("failures", {}).items()},
+            error=printable(str(content.get("error", ""))),
             content=content,
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise FmexpError(f"{path.absolute() / layout.RESULT} is damaged: {error}. Move it away to go on.") from error
 
 

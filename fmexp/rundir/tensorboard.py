@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fmexp.config.hydra_versions import instantiate
 from fmexp.rundir import atomic
+from fmexp.rundir.bounded import event_files
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +115,6 @@ def silent_writer() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def event_files(output_dir: Path) -> list[Path]:
-    """The event files of a folder, in the order of their names."""
-    return sorted(output_dir.glob("events.out.tfevents.*"))
 
 
 def add_summary(writer: SummaryWriter, summary: Summary) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fmexp.rundir import layout
-from fmexp.sweep.members import Member, group_by_keys, maximised
+from fmexp.config import maximised
+from fmexp.rundir import bounded, layout
+from fmexp.sweep.members import Member, group_by_keys
 
 MOST_POINTS = 200  # of a learning curve
 LARGEST_SCALAR = 4096  # bytes of an event; what is larger is a picture or a graph
@@ -140,8 +141,8 @@ def _scalars(path: Path, tag: str) -> list[tuple[int, float]]:
     from tensorboard.compat.proto.event_pb2 import Event
 
     found = []
-    for file in sorted(path.glob("events.out.tfevents.*")):
-        with file.open("rb") as records:
+    for file in bounded.event_files(path):
+        with suppress(Exception), file.open("rb") as records:  # whatever a damaged file makes protobuf raise
             while len(head := records.read(12)) == 12:  # TFRecord: the length and its checksum, the content and its own
                 (length,) = struct.unpack("<Q", head[:8])
                 if length > LARGEST_SCALAR:

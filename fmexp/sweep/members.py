@@ -11,11 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from fmexp.config import maximised
 from fmexp.config.overrides import quote, split, varied_keys
-from fmexp.errors import first_line
-from fmexp.rundir import layout, results
+from fmexp.errors import FmexpError, first_line, printable
+from fmexp.rundir import bounded, layout, results
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +29,11 @@ class Member(results.Result):
 
     overrides: dict[str, str]
 
+    @property
+    def name(self) -> str:
+        """The folder's name, to be shown."""
+        return printable(self.folder.name)
+
 
 def read(root: str | Path) -> list[Member]:
     """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""
@@ -37,10 +41,12 @@ def read(root: str | Path) -> list[Member]:
     for path in sorted(member_folders(Path(root)), key=folder_number):
         try:
             if not members:
-                _ = layout.read_config(path)["objective"]  # the first member's configuration speaks for all
+                first = layout.read_config(path)  # which speaks for all
+                _ = first["objective"], first["train"]["tag"]
             members.append(_read_member(path))
         except Exception as error:  # whatever a damaged file makes a reader raise
-            log.warning("%s is left out, for it cannot be read: %s", path.absolute(), first_line(error))
+            name = printable(str(path.absolute()))
+            log.warning("%s is left out, for it cannot be read: %s", name, first_line(error))
     return members
 
 
@@ -62,7 +68,8 @@ def by_digest(root: Path) -> dict[str, list[Path]]:
         try:
             found[layout.digest(path)].append(path)
         except Exception as error:  # whatever a damaged file makes a YAML reader raise
-            log.warning("%s: its configuration cannot be read, so it is left alone: %s", path, error)
+            name = printable(str(path))
+            log.warning("%s: its configuration cannot be read, so it is left alone: %s", name, first_line(error))
     return found
 
 
@@ -87,11 +94,6 @@ def objective_of(root: Path) -> str:
         with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
             return str(layout.read_config(path)["objective"])
     return "test/accuracy"
-
-
-def maximised(objective: str) -> bool:
-    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
-    return objective == "test/accuracy"
 
 
 def ranked(members: Sequence[Member], objective: str) -> list[Member]:
@@ -138,6 +140,10 @@ def _is_free(path: Path, digest: str) -> bool:
 
 def _read_member(path: Path) -> Member:
     result = results.read(path)
-    file = path / ".hydra" / "overrides.yaml"
-    words = list(OmegaConf.load(file)) if file.is_file() else []  # fmexp.execute writes none
-    return Member(**vars(result), overrides=split([str(word) for word in words]))
+    try:
+        words = bounded.read_yaml(path / ".hydra" / "overrides.yaml")
+    except FileNotFoundError:
+        words = []  # fmexp.execute writes none
+    if not isinstance(words, list):
+        raise FmexpError(f"{path / '.hydra' / 'overrides.yaml'} is no list.")
+    return Member(**vars(result), overrides=split([printable(str(word)) for word in words]))

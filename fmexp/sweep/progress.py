@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fmexp.rundir import layout, results
-from fmexp.sweep.members import maximised
+from fmexp.config import maximised
+from fmexp.rundir import bounded, layout, results
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Progress:
             count = " " * len(count)
         line = f"{count} {result.folder.name:{width}}  "
         if result.status == "failed":
-            details = (result.folder / "fmexp.log").read_text(errors="replace").splitlines()[-DETAILS:]
+            details = bounded.last_lines(result.folder / "fmexp.log", DETAILS)
             error = (result.error.splitlines() or [""])[0]
             details = [] if details == [error] else details
             return "\n".join([f"{line}failed: {error}", *(f"    {detail}" for detail in details)])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 import shutil
 import socket
@@ -15,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from fmexp import config
+from fmexp.config import maximised
 from fmexp.config.overrides import varied_keys
+from fmexp.errors import printable
 from fmexp.rundir import atomic, layout
 from fmexp.sweep.members import (
     Member,
     group_by_keys,
-    maximised,
     member_folders,
     objective_of,
     override_words,
     ranked,
     read,
 )
+
+log = logging.getLogger(__name__)
 
 SHOWN = 100  # how many members the console's table has at most
 SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
@@ -45,11 +49,11 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     others = []
     for path in (path for path in member_folders(root) if path not in trees):
         with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
-            others.append(layout.read_config(path))
-    rows = [config.hparams(tree) for tree in (*trees.values(), *others)]
+            others.append(config.hparams(layout.read_config(path)))
+    rows = [*(config.hparams(tree) for tree in trees.values()), *others]
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: {str(row[name]) for row in rows if name in row} for name in names}
-    always = ("dataset", "model", "optimizer", "seed")
+    always = ("dataset", "model", "loss", "optimizer", "schedule", "seed")
     shown = [name for name in names if name in always or len(values[name]) > 1 or any(name not in row for row in rows)]
     first = next(iter(trees.values()))
     tags = (
@@ -82,7 +86,7 @@ def table(root: Path, members: Sequence[Member], digits: int | None = 4) -> list
         values = [_shown(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
         keys = [member.overrides.get(key, "") for key in varied]
         seconds = _shown(member.seconds, digits and 1)
-        rows.append([*keys, *values, member.status, seconds, member.folder.name])
+        rows.append([*keys, *values, member.status, seconds, member.name])
     return rows
 
 
@@ -145,26 +149,31 @@ def conclude(root: Path, not_begun: int = 0) -> str:
         return f"{root}: no members" + (f", {not_begun} not begun" if not_begun else "")
     from fmexp.sweep import figure
 
-    groups = replicates(root, members)
-    atomic.atomic_write(root / "sweep.csv", _csv(table(root, members, digits=None)))
-    if groups:
-        atomic.atomic_write(root / "replicates.csv", _csv(replicates(root, members, digits=None)))
+    rows, groups = table(root, members), replicates(root, members)
     picture, drawing = figure.render(root, members)
-    atomic.atomic_write(root / "sweep.png", picture)
-    atomic.atomic_write(root / "sweep.svg", drawing)
-    rows = table(root, members)
-    _write_summary(root, rows, picture)
+    try:
+        atomic.atomic_write(root / "sweep.csv", _csv(table(root, members, digits=None)))
+        if groups:
+            atomic.atomic_write(root / "replicates.csv", _csv(replicates(root, members, digits=None)))
+        atomic.atomic_write(root / "sweep.png", picture)
+        atomic.atomic_write(root / "sweep.svg", drawing)
+        _write_summary(root, rows, picture)
+        files = ", ".join(name for name in WRITTEN if (root / name).is_file())
+        written = f"written to {root} ({files})"
+    except OSError as error:
+        if atomic.disk_full(error):
+            raise
+        written = f"not written to {root}: {error.strerror}"  # somebody else's folder
     counts = Counter(member.status for member in members) + Counter({"not begun": not_begun})
     failures = [
-        f"failed: {member.folder.name}: {(member.error.splitlines() or [''])[0]} (more in its fmexp.log)"
+        f"failed: {member.name}: {(member.error.splitlines() or [''])[0]} (more in its fmexp.log)"
         for member in members
         if member.status == "failed"
     ]
     said = ", ".join(f"{counts[name]} {name}" for name in STATUSES if counts[name])
-    files = ", ".join(name for name in WRITTEN if (root / name).is_file())
     return "\n".join(
         [*_printed(root, rows, groups), "", *failures, f"{sum(counts.values())} members: {said}",
-         f"written to {root} ({files})"]
+         printable(written)]
     )  # fmt: skip
 
 
@@ -195,8 +204,19 @@ def _write_summary(root: Path, rows: list[list[str]], picture: bytes) -> None:
 
 def _csv(rows: Sequence[Sequence[str]]) -> str:
     content = io.StringIO()
-    csv.writer(content).writerows(rows)
+    csv.writer(content).writerows([_cell(text) for text in row] for row in rows)
     return content.getvalue()
+
+
+def _cell(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula: text that begins as one gets an apostrophe."""
+    if not text.startswith(("=", "+", "-", "@")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def _shown(value: float, digits: int | None) -> str:
@@ -213,7 +233,8 @@ def _write_events(path: Path, summaries: Sequence[Any]) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    if layout.holds_run(path):  # a run of that name
+    if layout.holds_run(path) or path.is_symlink():  # a run of that name, or another's folder
+        log.warning("%s is not the sweep's own, and is left alone", printable(str(path)))
         return
     path.mkdir(exist_ok=True)
     old = list(path.glob(f"events.out.tfevents.*{SUFFIX}"))

@@ -17,11 +17,12 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobStatus, configure_log, setup_globals
 
 from fmexp import config
+from fmexp.config import maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.rundir import layout
 from fmexp.sweep.grid import Parsing, choices
-from fmexp.sweep.members import maximised, read
+from fmexp.sweep.members import read
 
 log = logging.getLogger(__name__)
 

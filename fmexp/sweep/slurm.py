@@ -6,14 +6,15 @@ import os
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from fmexp import process
-from fmexp.errors import ConfigError
-from fmexp.rundir import atomic, results
+from fmexp.errors import ConfigError, FmexpError
+from fmexp.rundir import atomic, bounded, results
 from fmexp.sweep.job import Job, ended_by_signals, fail, prepare_data
 from fmexp.sweep.job import run as run_job
 from fmexp.sweep.progress import Progress
@@ -126,8 +127,7 @@ def _queue() -> set[str]:
 
 def _submitted(root: Path) -> dict[str, str]:
     """Which Slurm job each member was last submitted as, by the name of its folder."""
-    try:
-        jobs: dict[str, str] = json.loads((root / FOLDER / JOBS).read_text())
-    except (OSError, ValueError):
-        return {}
-    return jobs
+    with suppress(FileNotFoundError, FmexpError):
+        jobs = bounded.read_json(root / FOLDER / JOBS)
+        return jobs if isinstance(jobs, dict) else {}
+    return {}

@@ -127,4 +127,5 @@ def test_hparams_of_single_runs_has_the_accuracy_first_and_the_classes_last(
 ) -> None:
     metrics = [info["name"]["tag"] for info in singles.json("plugin/hparams/experiment", {})["metricInfos"]]
     of_classes = sorted(f"within_class_accuracy/{name}" for name in tutorial_data.classes)
-    assert metrics == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds", *of_classes]
+    written = ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "train/lr", "wall_seconds"]
+    assert metrics == [*written, *of_classes]

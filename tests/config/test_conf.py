@@ -36,8 +36,11 @@ GROUPS: dict[str, list[str]] = {
 # Of these one chooses one option; of the stages one has any number, and a recipe is added to all of it.
 OPTIONS = [(group, name) for group, names in GROUPS.items() if group not in ("stage", "experiment") for name in names]
 # What a function is given by the run and not by YAML.
-GIVEN = {"model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"},
-         "augment": {"images", "labels", "generator", "num_classes"}}  # fmt: skip
+GIVEN = {
+    "model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"},
+    "loss": {"logits", "labels"}, "schedule": {"step", "total", "steps_per_epoch", "lr", "maximised"},
+    "augment": {"images", "labels", "generator", "num_classes"},
+}  # fmt: skip
 OF_EVERY_STAGE = {"enabled", "required", "when", "changes"}
 
 
@@ -237,9 +240,9 @@ def test_every_schema_is_used() -> None:
 
 
 def test_the_configurations_dataclass_and_its_yaml_agree() -> None:
-    defaults = plain(OmegaConf.structured(Config(dataset=None, augment=None, model=None, optimizer=None, logging=None)))
+    groups = {"dataset", "augment", "model", "loss", "optimizer", "schedule", "logging", "stage"}
+    defaults = plain(OmegaConf.structured(Config(**dict.fromkeys(groups - {"stage"}))))
     written = raw(conf_dir() / "config.yaml")
-    groups = {"dataset", "augment", "model", "optimizer", "logging", "stage"}
     assert defaults.keys() - groups == written.keys() - {"defaults", "hydra"}
     for key in defaults.keys() - groups:
         assert written[key] == defaults[key], key
@@ -257,8 +260,10 @@ def test_help_marks_the_defaults() -> None:
     listed = composition.listed_options()
     chosen = {key: value for entry in raw(conf_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
               for key, value in entry.items() if key in GROUPS and value}  # fmt: skip
-    options = {"dataset": "fashion_mnist", "augment": "none", "model": "lenet", "optimizer": "sgd"}
-    assert chosen == {**options, "logging": "tensorboard"}
+    assert chosen == {
+        "dataset": "fashion_mnist", "augment": "none", "model": "lenet", "loss": "cross_entropy", "optimizer": "sgd",
+        "schedule": "constant", "logging": "tensorboard",
+    }  # fmt: skip
     for group, name in chosen.items():
         assert re.search(rf"^ +{group} .*\b{name} \(default\)", listed, re.MULTILINE)
 

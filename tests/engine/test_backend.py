@@ -213,7 +213,7 @@ def test_native_and_onednn_kernels_give_nearly_the_same_curve() -> None:
         with how.applied():
             model = lenet()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-            curves.append([float(step.train_step(model, optimizer, *batch)) for batch in noise(20)])
+            curves.append([float(step.TrainStep(model, optimizer)(*batch)) for batch in noise(20)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-3)
 
 

@@ -205,7 +205,7 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Ten
     extra = ExtraState(model, optimizer, checkpoint.can_keep)
     model.train()
     for _ in range(2):
-        step.train_step(model, optimizer, *batch)
+        step.TrainStep(model, optimizer)(*batch)
     return extra.state_dict()
 
 

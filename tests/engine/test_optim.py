@@ -40,7 +40,7 @@ def test_the_raw_update_is_the_optimizers_step_to_the_bit(name: str, settings: d
     models_ = lenet(), lenet()
     ours, theirs = (kind(model.parameters(), **settings) for model in models_)
     for images, labels in noise(5):
-        loss = step.train_step(models_[0], ours, images, labels)
+        loss = step.TrainStep(models_[0], ours)(images, labels)
         theirs.zero_grad()
         expected = F.cross_entropy(models_[1](images), labels)
         expected.backward()
@@ -66,7 +66,7 @@ def test_the_fused_update_is_close_to_the_plain_one(name: str) -> None:
     for fused in (True, False):
         model = lenet()
         optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.001, fused=fused)
-        curves.append([float(step.train_step(model, optimizer, *batch)) for batch in noise(20)])
+        curves.append([float(step.TrainStep(model, optimizer)(*batch)) for batch in noise(20)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 

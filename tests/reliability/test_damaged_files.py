@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reliability_tools import BARE, RICH, Driver, all_events, assert_same, listing
 
-from fmexp.rundir import checkpoint, tensorboard
+from fmexp.rundir import bounded, checkpoint, tensorboard
 from fmexp.rundir.checkpoint import DAMAGED, LATEST, PREVIOUS, CheckpointError
 
 KILLED = [{"steps": 8, "match": "batch trained", "do": "KILL"}]  # checkpoints of the steps 6 and 3
@@ -142,7 +142,7 @@ def test_torn_tails(
     driver: Driver, truth: Callable[..., Path], killed: Callable[[Path], Path], tmp_path: Path, tail: str
 ) -> None:
     folder = killed(tmp_path)
-    for path in tensorboard.event_files(folder):
+    for path in bounded.event_files(folder):
         path.write_bytes(path.read_bytes() + TAILS[tail])
     assert driver.run(*BARE, f"hydra.run.dir={folder}").code == 0
     assert_same(folder, truth(*BARE))
@@ -152,7 +152,7 @@ def test_an_event_file_that_is_too_short_is_told(
     driver: Driver, killed: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = killed(tmp_path)
-    (path,) = tensorboard.event_files(folder)
+    (path,) = bounded.event_files(folder)
     path.write_bytes(b"")
     ended = driver.run(*BARE, f"hydra.run.dir={folder}")
     assert ended.code == 0
@@ -259,7 +259,7 @@ def test_fuzzed_tails(
     folder = killed(tmp_path_factory.mktemp("fuzz"))
     state = checkpoint.load(folder)
     assert state
-    (path,) = tensorboard.event_files(folder)
+    (path,) = bounded.event_files(folder)
     size = state["events"]["files"][path.name]
     known, tail = path.read_bytes()[:size], path.read_bytes()[size:]
     path.write_bytes(known + data.draw(harmed(tail)))
@@ -267,7 +267,7 @@ def test_fuzzed_tails(
     second.write_bytes(data.draw(st.binary(max_size=200)))
     tensorboard.rewind(folder, state["events"])
     assert path.read_bytes() == known
-    assert tensorboard.event_files(folder) == [path]
+    assert bounded.event_files(folder) == [path]
     shutil.rmtree(folder.parent)
 
 
@@ -285,7 +285,7 @@ def test_fuzzed_runs(
     for name in (LATEST, PREVIOUS):
         if data.draw(st.booleans(), label=f"harm {name}"):
             (folder / name).write_bytes(data.draw(harmed((folder / name).read_bytes())))
-    (path,) = tensorboard.event_files(folder)
+    (path,) = bounded.event_files(folder)
     path.write_bytes(path.read_bytes() + data.draw(st.binary(max_size=100)))
     ended = driver.run(*BARE, f"hydra.run.dir={folder}")
     if ended.code == 0:

@@ -37,8 +37,9 @@ def test_tensorboard_which_sorts_by_name_shows_curves_before_pictures_and_single
     groups = list(dict.fromkeys(name.split("/")[0] for name in names))
     assert groups == ["test", "train", "view", "wall_seconds", "within_class_accuracy"]
     assert groups[1] < "val" < groups[2], "a validation's curves belong to the others"
-    assert names[:4] == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss"]
-    assert names[4:7] == ["view/confusion_matrix", "view/images", "view/predictions"]
+    assert names[:3] == ["test/accuracy", "test/accuracy/best", "test/loss"]
+    assert names[3:5] == ["train/loss", "train/lr"]
+    assert names[5:8] == ["view/confusion_matrix", "view/images", "view/predictions"]
 
 
 def coloured(train_size: int, test_size: int, image_size: int, seed: int) -> Dataset:

@@ -1,5 +1,6 @@
 """`python -m fmexp.sweep`: the table of any folder of runs, whatever made them and whatever one of them holds."""
 
+import csv
 import shutil
 import sys
 from collections.abc import Callable
@@ -109,3 +110,31 @@ def test_folder_that_is_not_there_or_holds_no_run(
     assert above == Finished(1, "", f"No folder in {runs.parent} holds a run. There are runs in {runs}.")
     assert {path.name for path in runs.parent.iterdir()} == {"runs"}
     assert not (runs / "sweep.csv").exists()
+
+
+def test_no_cell_is_a_formula_and_a_number_is_a_number(runs: Path, command: Command) -> None:
+    (runs / "mine" / ".hydra" / "overrides.yaml").write_text("['a==HYPERLINK(1)', 'b=-0.5', 'c=\\e[2J']")
+    (runs / "yours" / ".hydra" / "overrides.yaml").write_text("[a=1, b=2, c=3]")
+    assert command(str(runs)).status == 0
+    rows = list(csv.DictReader((runs / "sweep.csv").read_text().splitlines()))
+    cells = next(row for row in rows if row["folder"] == "mine")
+    assert [cells[key] for key in ("a", "b", "c")] == ["'=HYPERLINK(1)", "-0.5", "\\e[2J"]
+
+
+def test_a_link_in_place_of_the_summary_is_left_alone(
+    runs: Path, command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (runs / "summary").symlink_to(tmp_path / "theirs")
+    assert command(str(runs)).status == 0
+    assert f"{runs / 'summary'} is not the sweep's own, and is left alone" in caplog.text
+    assert list((tmp_path / "theirs").iterdir()) == []
+    assert (runs / "sweep.csv").is_file()
+
+
+def test_a_result_that_no_run_has_written_counts_as_not_ended(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (runs / "mine" / "result.json").write_text('{"status": "complete", "objective": "best"}')
+    with caplog.at_level("INFO"):
+        value = execute(small("train.max_steps=1", "logging=light"), runs / "mine")
+    assert f"{runs / 'mine' / 'result.json'} is damaged, and the run counts as not ended" in caplog.text
+    assert value == sweep.read(runs)[0].objective == sweep.read(runs)[1].objective

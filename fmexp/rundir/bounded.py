@@ -1,0 +1,97 @@
+"""Reading what a folder holds, whoever has written it: regular files alone, within bounds, and as data.
+
+A run's folder may be somebody else's. Nothing in it is resolved or executed, and no file in it can make a reader wait.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+
+from fmexp.errors import FmexpError, first_line, printable
+
+MOST_JSON, MOST_YAML = 2**24, 2**20  # bytes; reading YAML takes some seconds a MiB, and a run's has a few KiB
+TAIL = 2**16  # bytes of a log that are looked at
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, but no link, pipe or device: opening a pipe would wait for its other end.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FmexpError: it is something else, or cannot be opened.
+    """
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        problem = "a link" if path.is_symlink() else error.strerror
+        raise FmexpError(f"{path} cannot be read: {problem}.") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FmexpError(f"{path} is no file. Move it away to go on.")
+    return file
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FmexpError: it is no JSON, or not within bounds.
+    """
+    try:
+        return json.loads(_read_text(path, MOST_JSON))
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits
+        raise FmexpError(f"{path} is damaged: {first_line(error)}. Move it away to go on.") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file as plain dicts and lists; what it interpolates stays as it is written.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FmexpError: it is no YAML, or not within bounds.
+    """
+    text = _read_text(path, MOST_YAML)
+    try:
+        # A few lines of references to references may stand for any amount of data. A run writes none.
+        if "&" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has references")
+        return OmegaConf.to_container(OmegaConf.create(text))  # floats such as 1e-3 are text for yaml.safe_load
+    except Exception as error:  # whatever a damaged file makes a YAML reader raise
+        raise FmexpError(f"{path} is damaged: {first_line(error)}. Move it away to go on.") from error
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log, or none."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - TAIL, 0))
+            return printable(file.read().decode(errors="replace")).splitlines()[-count:]
+    except (FileNotFoundError, FmexpError):
+        return []
+
+
+def event_files(folder: Path) -> list[Path]:
+    """The event files of a folder, in the order of their names; links and pipes are none of a run's."""
+    return sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file() and not path.is_symlink())
+
+
+def check_regular(path: Path) -> None:
+    """Raise FmexpError where something else than a file is in a file's place."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise FmexpError(f"{path} is no file, where a run has one. Move it away, or name another folder.")
+
+
+def _read_text(path: Path, most: int) -> str:
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise FmexpError(f"{path} has more than {most:,} bytes, and no run writes that. Move it away to go on.")
+    return content.decode(errors="replace")

@@ -1,0 +1,165 @@
+"""A folder that is only read is data: regular files, within bounds, nothing resolved, nothing obeyed by a terminal."""
+
+import io
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tools import small
+
+import fmexp
+from fmexp import execute, sweep
+from fmexp.errors import ConfigError, FmexpError, printable
+from fmexp.rundir import bounded, layout
+
+DEEP = "[" * 100_000
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link(path: Path) -> None:
+    path.symlink_to(path.parent / "elsewhere")
+    (path.parent / "elsewhere").write_text("{}")
+
+
+def server(path: Path) -> None:
+    before = Path.cwd()
+    os.chdir(path.parent)  # its name may not be long
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+    os.chdir(before)
+
+
+@pytest.mark.parametrize("make", [fifo, link, server, Path.mkdir])
+@pytest.mark.parametrize("read", [bounded.read_json, bounded.read_yaml])
+def test_only_a_file_is_opened(make: Callable[[Path], Any], read: Callable[[Path], Any], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    make(path)
+    with pytest.raises(FmexpError, match=f"{path} "):
+        read(path)
+    assert bounded.last_lines(path, 3) == []
+    with pytest.raises(FmexpError, match="is no file, where a run has one"):
+        bounded.check_regular(path)
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "said"),
+    [
+        (bounded.read_json, DEEP, "is damaged: maximum recursion"),
+        (bounded.read_json, "1" * 10_000, "is damaged: Exceeds the limit"),
+        (bounded.read_json, "{", "is damaged: Expecting property name"),
+        (bounded.read_json, " " * (bounded.MOST_JSON + 1), "has more than 16,777,216 bytes"),
+        (bounded.read_yaml, DEEP, "is damaged: maximum recursion"),
+        (bounded.read_yaml, BOMB, "is damaged: it has references"),
+        (bounded.read_yaml, "a: [", "is damaged: "),
+        (bounded.read_yaml, "!!python/object/apply:os.getpid []", "is damaged: could not determine a constructor"),
+        (bounded.read_yaml, "a: " + "x" * bounded.MOST_YAML, "has more than 1,048,576 bytes"),
+    ],
+)
+def test_what_is_not_within_bounds(read: Callable[[Path], Any], content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(FmexpError, match=said):
+        read(tmp_path / "file")
+
+
+def test_nothing_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "it is secret")
+    (tmp_path / "file").write_text("['name=${oc.env:SECRET}', a&b, 1e-3]")
+    assert bounded.read_yaml(tmp_path / "file") == ["name=${oc.env:SECRET}", "a&b", 1e-3]
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_code() -> None:
+    assert printable("a\x1b[2Jb\nc\x9b\x7f\u202e\udcffé") == "a\\x1b[2Jb\nc\\x9b\\x7f\\u202e\\udcffé"
+    assert str(FmexpError("\x1b]0;title\x07")) == "\\x1b]0;title\\x07"
+
+
+def test_the_last_lines_of_a_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"x" * 100_000 + b"\none\n\x1b[31mtwo\xff\n")
+    assert bounded.last_lines(tmp_path / "log", 2) == ["one", "\\x1b[31mtwo�"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("done") / "run"
+    execute(small("train.max_steps=1", "stage.model_graph.enabled=false", "stage.projector.enabled=false"), folder)
+    return folder
+
+
+def picture(form: str) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(content, form)
+    return content.getvalue()
+
+
+def test_pictures_are_png_alone(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing import event_accumulator
+
+    (first,) = (image for _, image in fmexp.read(done).images["view/images"])
+    assert first.format == "PNG"
+    event = event_accumulator.ImageEvent(0, 0, picture("GIF"), 4, 4)
+    monkeypatch.setattr(event_accumulator.EventAccumulator, "Images", lambda self, tag: [event])
+    with pytest.raises(FmexpError, match="a picture of its event files is no PNG: cannot identify"):
+        _ = fmexp.read(done).images
+
+
+@pytest.mark.parametrize("name", layout.FILES)
+def test_a_run_writes_in_no_ones_link_and_waits_for_no_pipe(name: str, tmp_path: Path) -> None:
+    for make in (fifo, link):
+        folder = tmp_path / make.__name__
+        (folder / name).parent.mkdir(parents=True)
+        make(folder / name)
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(FmexpError, match=f"{folder / name} is no file, where a run has one"):
+            execute(small("train.max_steps=1", "logging=light"), folder)
+        assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture
+def read_only(done: Path) -> Iterator[Path]:
+    """The folder of a run, where nothing can be written: root may write wherever the file system lets it."""
+    root = done.parent
+    if os.getuid() != 0:
+        root.chmod(0o555)
+        yield root
+        root.chmod(0o755)
+        return
+    for options in (["--bind"], ["-o", "remount,bind,ro"]):
+        mounted = subprocess.run(["mount", *options, str(root), str(root)], check=False, capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"nothing can be mounted here: {mounted.stderr}")
+    yield root
+    subprocess.run(["umount", str(root)], check=True)
+
+
+def test_a_folder_where_one_may_only_read_is_read_and_the_table_printed(read_only: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in read_only.rglob("*")}
+    assert fmexp.read(read_only / "run").status == "complete"
+    assert [member.status for member in sweep.read(read_only)] == ["complete"]
+    said = sweep.conclude(read_only)
+    assert "1 members: 1 complete" in said
+    assert re.search(f"not written to {read_only}: (Read-only file system|Permission denied)$", said)
+    assert {path: path.stat().st_mtime_ns for path in read_only.rglob("*")} == before
+
+
+def test_a_lock_is_seen_where_nothing_can_be_written(tmp_path: Path) -> None:
+    assert not layout.is_locked(tmp_path)
+    with layout.lock(tmp_path):
+        (tmp_path / ".lock").chmod(0o444)
+        assert layout.is_locked(tmp_path)
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on "), layout.lock(tmp_path):
+            pass
+    assert not layout.is_locked(tmp_path)
+    (tmp_path / ".lock").unlink(missing_ok=True)
+    layout.is_locked(tmp_path)
+    assert not (tmp_path / ".lock").exists()

@@ -1,0 +1,152 @@
+"""Odd folders, drawn by hypothesis: whatever a folder of runs holds is read as data, in words, and left as it is."""
+
+import os
+import shutil
+import signal
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tools import small
+
+import fmexp
+from fmexp import execute, sweep
+from fmexp.errors import FmexpError
+from fmexp.rundir import layout
+
+ESCAPE, SECRET = "\x1b[2J\x1b]0;title\x07", "it is secret"
+TEXTS = {
+    "empty": b"",
+    "zeros": b"\0" * 100,
+    "bytes": bytes(range(256)),
+    "deep": b"[" * 2_000,
+    "bomb": b"a: &a [x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nobjective: *c\n",
+    "list": b"[1, 2]",
+    "number": b"12",
+    "words": f'["a={ESCAPE}", "b=${{oc.env:SECRET}}", "=1+1", 3, null]'.encode(),
+    "result": b'{"status": "complete", "objective": 0.5, "metrics": {"a": 1e999}, "failures": {"x": []}}',
+    "wrong types": b'{"status": ["complete"], "objective": {}, "metrics": 3, "steps": "x", "failures": 1}',
+    "failed": b'{"status": "failed", "error": "\\u001b[2J\\u202e", "metrics": {"\\u001b[2J": 1, "a": NaN}}',
+    "event": b"\xff" * 8 + b"\0" * 40,
+    "config": b"objective: ${oc.env:SECRET}\ntrain: {tag: 3}\n",
+}
+FILES = (
+    ".hydra/config.yaml",
+    ".hydra/overrides.yaml",
+    "result.json",
+    ".lock",
+    "fmexp.log",
+    "events.out.tfevents.9.x.1.0",
+)
+
+
+def harm(folder: Path, file: str, how: str) -> None:
+    """Replace a file of a run's folder, which lies in a folder that the test has made."""
+    path = folder / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "link":
+        path.symlink_to(folder.parent / "outside")
+    elif how == "loop":
+        path.symlink_to(path)
+    elif how in TEXTS:
+        path.write_bytes(TEXTS[how])
+
+
+HOW = st.sampled_from(["nothing", "pipe", "folder", "link", "loop", *TEXTS])
+HARMS = st.dictionaries(st.tuples(st.integers(0, 2), st.sampled_from(FILES)), HOW, min_size=1, max_size=4)
+NAMES = st.sampled_from(["0_lr-0.1", "1", f"2_{ESCAPE}", "3_\udcff", "summary", "=4", "5 of mine\n"])
+OWN = {"sweep.csv", "replicates.csv", "sweep.png", "sweep.svg"}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    execute(small("train.max_steps=1", "logging=light"), folder)
+    return folder
+
+
+def content(root: Path) -> dict[Path, object]:
+    """All that is in a folder but what a table writes: kind, and bytes or where a link leads."""
+    found: dict[Path, object] = {}
+    for path in root.rglob("*"):
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+        known = {stat.S_IFREG: Path.read_bytes, stat.S_IFLNK: os.readlink}.get(kind, lambda path: None)
+        if path.name not in OWN and not path.name.endswith(".sweep") and path != root / "summary":
+            found[path.relative_to(root)] = kind, known(path)
+    return found
+
+
+@contextmanager
+def no_hang() -> Iterator[None]:
+    """Fail where the block waits."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def scalars(folder: Path) -> object:
+    return fmexp.read(folder).scalars
+
+
+def in_words(function: Callable[[], object]) -> str:
+    """What a call returns or says, as text."""
+    try:
+        return str(function())
+    except FmexpError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_any_folder_is_read_as_data(
+    count: int, sound: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SECRET", SECRET)
+    tree = layout.read_config(sound) | {"seed": 1}
+
+    @settings(max_examples=count, phases=[Phase.generate])
+    @given(st.lists(NAMES, min_size=1, max_size=3, unique=True), HARMS, st.integers(0, 9))
+    def check(names: list[str], harms: dict[tuple[int, str], str], table: int) -> None:
+        caplog.clear()
+        with tempfile.TemporaryDirectory() as made, no_hang():
+            root = Path(made) / "root"
+            for name in names:
+                shutil.copytree(sound, root / name)
+            (root / "outside").write_text("not of a run")
+            for (number, file), how in harms.items():
+                if number < len(names):
+                    harm(root / names[number], file, how)
+            before = content(root)
+            said = [str(sweep.read(root))]
+            for name in names:
+                said.append(in_words(partial(fmexp.read, root / name)))
+                said.append(in_words(partial(scalars, root / name)))
+                said.append(in_words(partial(layout.check_identity, root / name, tree, resume=True)))
+            if not table:  # once in ten times, for a picture takes long
+                said.append(in_words(partial(sweep.conclude, root)))
+                for file in OWN & {path.name for path in root.iterdir()} - {"sweep.png"}:
+                    said.append((root / file).read_text())
+            assert content(root) == before
+            shown = caplog.text + "".join(part for part in said if not part.startswith("["))
+            assert "\x1b" not in shown.replace(str(root), "")
+            assert SECRET not in "".join(said) + caplog.text
+
+    check()
