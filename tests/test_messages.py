@@ -41,6 +41,7 @@ OWN_CONF = {
     "model/raising": "_target_: wrong.Raising\n",
     "model/unable": "_target_: wrong.Unable\n",
     "dataset/list": "_target_: wrong.no_dataset\n",
+    "loss/numbers_alone": "_target_: wrong.numbers_alone\n",
     "dataset/file": "_target_: numpy.load\nfile: arrays.npz\n",
     "stage/bare_on": "mine:\n  _target_: wrong.stage\n  on: end\n  size: 1\n",
     "stage/bare_on_in_schema":
@@ -241,7 +242,7 @@ BUILT = [
     bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size"),
     bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, mom"),
     bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'", "those that fmexp gives"),
-    bad("augment=mixup loss._target_=wrong.numbers_alone ~loss.label_smoothing ~loss.class_weights",
+    bad("augment=mixup loss=numbers_alone",
         "loss._target_=wrong.numbers_alone cannot be built", "mixup makes labels torch.float32 [4, 10]."),
     bad("augment._target_=nowhere.blur", "augment._target_=nowhere.blur cannot be imported", NOT_IMPORTED),
     bad("+augment.foo=1", "augment._target_=fmexp.datasets.augment.none cannot be built", "'foo'", "those that fmexp"),
