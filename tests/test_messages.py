@@ -242,8 +242,6 @@ BUILT = [
     bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size"),
     bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, mom"),
     bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'", "those that fmexp gives"),
-    bad("augment=mixup loss=numbers_alone",
-        "loss._target_=wrong.numbers_alone cannot be built", "mixup makes labels torch.float32 [4, 10]."),
     bad("augment._target_=nowhere.blur", "augment._target_=nowhere.blur cannot be imported", NOT_IMPORTED),
     bad("+augment.foo=1", "augment._target_=fmexp.datasets.augment.none cannot be built", "'foo'", "those that fmexp"),
     bad("augment=chain +augment.steps.crop_flip.foo=1", "augment.steps.crop_flip._target_=fmexp.datasets.",
@@ -319,6 +317,11 @@ def test_mistake_in_what_is_built(case: Case, own: Path, here: Path) -> None:
     "case",
     [
         bad("model=raising", "model._target_=wrong.Raising cannot be built: boom"),
+        bad(
+            "augment=mixup loss=numbers_alone",
+            "loss._target_=wrong.numbers_alone cannot be built",
+            "mixup makes labels torch.float32 [4, 10].",
+        ),
         bad("model=unable", "model._target_=wrong.Unable cannot take the images", "gives images of 1x28x28", "bang"),
     ],
     ids=str,
