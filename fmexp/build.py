@@ -48,7 +48,8 @@ def build(cfg: DictConfig) -> Run:
         raise _unbuildable("dataset", cfg.dataset, error) from error
     with rng.fork(rng.derive_seed(cfg.seed, "batch")):
         dataset = dataset.to(device)
-        images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
+        loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
+    images, augment = dataset.ready(loaded), _augment(cfg, len(dataset.classes))
     few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
     model = _model(cfg, dataset, few)
     with eval_mode(model, cfg.seed):
@@ -63,8 +64,11 @@ def build(cfg: DictConfig) -> Run:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
     loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, batches, steps)
-    return Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, (images, labels),
-               how, how_evaluated)  # fmt: skip
+    run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
+              (images, labels), how, how_evaluated)  # fmt: skip
+    if augment:
+        run.batch = _augmented(run, loaded, labels)
+    return run
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:
@@ -90,7 +94,7 @@ def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = 
 def _arguments(node: DictConfig) -> list[str]:
     """The names of a target's arguments, but for those that fmexp gives it."""
     ours = ("run", "params", "input_shape", "num_classes", "log_dir", "logits", "labels", "step", "total",
-            "steps_per_epoch", "maximised")  # fmt: skip
+            "steps_per_epoch", "maximised", "images", "generator")  # fmt: skip
     return [name for name in inspect.signature(hydra.utils.get_method(node._target_)).parameters if name not in ours]
 
 
@@ -109,6 +113,58 @@ def _stage(name: str, node: DictConfig) -> Stage:
     function = _bound(f"stage.{name}", node, arguments, None)
     required, changes = (bool(node.get(switch, False)) for switch in ("required", "changes"))
     return Stage(name, str(getattr(node.when, "name", node.when)), required, changes, function)
+
+
+def _augment(cfg: DictConfig, classes: int) -> datasets.augment.Augment | None:
+    """What changes a batch, told how many classes there are where it asks; None for `none`, which so costs nothing."""
+    arguments: Any = OmegaConf.to_container(cfg.augment, resolve=True)
+    for step in _steps(arguments, dict).values():
+        step["_partial_"] = True
+    try:
+        function: partial[Any] = instantiate(arguments, _partial_=True)
+    except Exception as error:
+        raise _unbuildable("augment", cfg.augment, error) from error
+    for key, part in {"augment": function, **_steps(function.keywords, partial)}.items():
+        try:
+            signature = inspect.signature(part.func)
+            part.keywords.update({"num_classes": classes} if "num_classes" in signature.parameters else {})
+            signature.bind(None, None, None, **part.keywords)
+        except Exception as error:
+            raise _unbuildable(key, OmegaConf.select(cfg, key), error) from error
+    return None if function.func is datasets.augment.none else function
+
+
+def _steps(arguments: dict[str, Any], kind: type) -> dict[str, Any]:
+    """What a chain may name, by its key: those of its arguments' `steps` that are of a kind."""
+    steps = arguments.get("steps")
+    named = steps.items() if isinstance(steps, dict) else ()
+    return {f"augment.steps.{name}": step for name, step in named if isinstance(step, kind)}
+
+
+def _augmented(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A first batch, augmented, after a check that the model and the loss can take what comes of it."""
+    name, classes = f"augment._target_={run.cfg.augment._target_}", len(run.dataset.classes)
+    allowed = [len(images)], [len(images), classes]  # numbers, or probabilities
+    try:
+        with rng.fork(run.cfg.seed):
+            pixels, targets = run.augmented(images, labels, 0)
+    except FmexpError:
+        raise
+    except Exception as error:
+        raise CodeError(f"{name} cannot take a batch, {images.dtype} {list(images.shape)}: {error}") from error
+    if pixels.shape != images.shape or list(targets.shape) != allowed[targets.is_floating_point()]:
+        raise ConfigError(
+            f"{name} makes images {list(pixels.shape)} and labels {targets.dtype} {list(targets.shape)} of images "
+            f"{list(images.shape)}: images keep their shape, labels are numbers {allowed[0]} or "
+            f"probabilities {allowed[1]}."
+        )
+    try:
+        run.loss(torch.zeros(len(images), classes, device=run.device), targets)
+    except Exception as error:
+        raise _unbuildable(
+            "loss", run.cfg.loss, error, f"{name} makes labels {targets.dtype} {list(targets.shape)}"
+        ) from error
+    return pixels, targets
 
 
 def _loss(cfg: DictConfig, dataset: datasets.Dataset, device: torch.device) -> Loss:

@@ -159,6 +159,7 @@ class _Execution:
         for name, text in (
             ("data", data.description or target(cfg.dataset)),
             ("", f"{images} images of {channels}x{height}x{width}, {len(data.classes)} classes"),
+            *([("augment", target(cfg.augment))] if run.augment else []),
             ("model", f"{target(cfg.model)}, {sum(p.numel() for p in run.model.parameters()):,} parameters"),
             ("optimizer", f"{target(cfg.optimizer)}, {settings}"),
             ("training", f"{total_steps(cfg, data):,} batches of {cfg.train.batch_size}, {run.backend}"),

@@ -55,8 +55,9 @@ class Run:
     Attributes:
         step: batches trained on; the global step of all that is written.
         epoch, position: finished epochs, and batches done in the current one.
-        batch: the latest training batch, normalised float32 [B, C, H, W] and int64 [B], on the device; before
-            training a random one.
+        augment: what changes a batch before the model sees it; None: nothing.
+        batch: the latest training batch as the model was given it, on the device: normalised float32 [B, C, H, W], and
+            int64 [B], or after mixup and cutmix probabilities float32 [B, K]; before training a random one.
         losses: of the batches since the last running loss.
         loss, schedule: what is trained for, and the factor of the learning rate at each step.
         average: the running average of the weights (train.ema), or None.
@@ -74,6 +75,7 @@ class Run:
     schedule: Schedule
     average: AveragedModel | None
     stages: list[Stage]
+    augment: datasets.augment.Augment | None
     batch: tuple[Tensor, Tensor]
     backend: Backend
     evaluation_backend: Backend
@@ -113,6 +115,14 @@ class Run:
     def workers(self) -> datasets.Workers:
         """The processes that load for evaluations; those of the training are the Trainer's, and load in between."""
         return datasets.Workers(self.dataset, self.cfg.train.num_workers, self.device)
+
+    @torch.no_grad()
+    def augmented(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A batch as a split has it to what the model is given at a step: augmented, and normalised float32."""
+        raw = images.dtype == torch.uint8
+        if self.augment is not None:
+            images, labels = self.augment(images, labels, datasets.augment.generator(self.cfg.seed, step))
+        return self.dataset.normalise(images) if raw else images, labels
 
     def forget_evaluations(self) -> None:
         """Called after a batch: the model is another."""

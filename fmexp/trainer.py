@@ -90,7 +90,10 @@ class Trainer:
                 for images, labels in datasets.batches(
                     run.dataset, run.dataset.train, rest, self.batch_size,
                     device=run.device, workers=workers, seed=(seed, run.epoch),
+                    raw=run.augment is not None,  # else it normalises many small batches at a time
                 ):  # fmt: skip
+                    if run.augment is not None:
+                        images, labels = run.augmented(images, labels, run.step)
                     run.batch = images, labels
                     self.rate.set(run.step)
                     if self.accumulate > 1:
@@ -274,8 +277,8 @@ def build_backward(run: Run) -> Backward:
         try:
             with eval_mode(run.model, 0):
                 run.model.train()
-                images, labels = run.dataset.take(run.dataset.train, torch.arange(size))
-                batch = images.to(run.device), labels.to(run.device)
+                images, labels = run.dataset.take(run.dataset.train, torch.arange(size), raw=True)
+                batch = run.augmented(images.to(run.device), labels.to(run.device), 0)
                 whole = compiled_backward(run.model, *batch, run.loss, precision)
         except Exception as error:  # whatever a compiler raises
             log.warning("the model cannot be compiled and is trained without that: %s", first_line(error))
@@ -300,8 +303,9 @@ def last_batch(run: Run) -> tuple[Tensor, Tensor]:
     cfg, count = run.cfg.train, datasets.length(run.dataset.train)
     epoch, position = divmod(run.step - 1, steps_per_epoch(run.cfg, run.dataset))
     indices = datasets.order(run.cfg.seed, epoch, count)[position * cfg.batch_size :][: cfg.batch_size]
-    seed = run.cfg.seed, epoch
-    return next(datasets.batches(run.dataset, run.dataset.train, indices, cfg.batch_size, device=run.device, seed=seed))
+    how: dict[str, Any] = {"device": run.device, "seed": (run.cfg.seed, epoch), "raw": True}
+    images, labels = next(datasets.batches(run.dataset, run.dataset.train, indices, cfg.batch_size, **how))
+    return run.augmented(images, labels, run.step - 1)
 
 
 def mean_loss(losses: list[Tensor], step: int) -> float:

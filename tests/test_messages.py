@@ -41,6 +41,7 @@ OWN_CONF = {
     "model/raising": "_target_: wrong.Raising\n",
     "model/unable": "_target_: wrong.Unable\n",
     "dataset/list": "_target_: wrong.no_dataset\n",
+    "loss/numbers_alone": "_target_: wrong.numbers_alone\n",
     "dataset/file": "_target_: numpy.load\nfile: arrays.npz\n",
     "stage/bare_on": "mine:\n  _target_: wrong.stage\n  on: end\n  size: 1\n",
     "stage/bare_on_in_schema":
@@ -55,6 +56,14 @@ OWN_CONF = {
 OWN_CODE = '''"""Objects that are not what fmexp needs."""
 
 from torch import nn
+
+
+def numbers_alone(logits, labels):
+    return logits[range(len(labels)), labels].mean()
+
+
+def halved(images, labels, generator):
+    return images[:, :, ::2], labels
 
 
 class Three(nn.Module):
@@ -116,8 +125,8 @@ COMPOSED = [
     bad("model=lennet", "model/lennet", "Did you mean model=lenet?", "The options of model are ", "lenet, mlp"),
     bad("+stage=mine", "stage/mine", "pr_curves, predictions, projector"),
     bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, momentum, ", "+optimizer.lrr=0.1"),
-    bad("optimizr=adam", "There is no key and no group optimizr. Did you mean optimizer?", "dataset, model, loss, opt",
-        "stage, experiment; the keys are seed, device, objective, resume, train"),
+    bad("optimizr=adam", "There is no key and no group optimizr. Did you mean optimizer?",
+        "dataset, augment, model, loss, opt", "stage, experiment; the keys are seed, device, objective, resume, train"),
     bad("lr=0.1", "There is no key and no group lr. Did you mean optimizer.lr?"),
     bad("stage.pr_curvs.when=end", "There is no key stage.pr_curvs. Did you mean stage.pr_curves?"),
     bad("optimizer.lr=fast", "optimizer.lr=fast", "could not be converted to Float"),
@@ -205,6 +214,9 @@ COMPOSED = [
     bad("stage.image_grid.images=1" + 30 * "0", "stage.image_grid.images=1000", "must be a number of 64 bits"),
     bad(f"train.epochs={2**63}", f"train.epochs={2**63} must be a number of 64 bits, which end at 2**63"),
     bad("model=mlp model.hidden=[64,0]", "model.hidden=[64, 0] must be at least 1"),
+    bad("augment=crop_flip augment.flip=2", "augment.flip=2.0 must be at most 1.0"),
+    bad("augment=mixup augment.alpha=0", "augment.alpha=0.0 must be above 0.0"),
+    bad("augment=chain augment.steps.crop_flip.padding=-1", "augment.steps.crop_flip.padding=-1 must be at least 0"),
     bad("--config-dir nothere", "nothere' not found"),
     bad("--config-dir not/here", "not/here' not found"),
     bad("--config-name nothere", "Cannot find primary config 'nothere'"),
@@ -230,6 +242,13 @@ BUILT = [
     bad("+stage=missing", "stage.mine._target_=wrong.stage cannot be built", "missing", "'size'", "arguments are size"),
     bad("+optimizer.foo=1", "optimizer._target_=torch.optim.SGD cannot be built", "'foo'", "arguments are lr, mom"),
     bad("+model.foo=1", "model._target_=fmexp.models.LeNet cannot be built", "'foo'", "those that fmexp gives"),
+    bad("augment._target_=nowhere.blur", "augment._target_=nowhere.blur cannot be imported", NOT_IMPORTED),
+    bad("+augment.foo=1", "augment._target_=fmexp.datasets.augment.none cannot be built", "'foo'", "those that fmexp"),
+    bad("augment=chain +augment.steps.crop_flip.foo=1", "augment.steps.crop_flip._target_=fmexp.datasets.",
+        "augment.crop_flip cannot be built", "'foo'", "Its arguments are padding, flip."),
+    bad("augment=chain augment.order=[crop_flip,blur]", "augment.order has blur", "crop_flip, trivial_augment"),
+    bad("augment._target_=wrong.halved", "augment._target_=wrong.halved makes images [4, 1, 14, 28] and labels "
+        "torch.int64 [4] of images [4, 1, 28, 28]", "labels are numbers [4] or probabilities [4, 10]"),
     bad("+logging.foo=1", "logging._target_=torch.utils.tensorboard.SummaryWriter cannot be built", "'foo'",
         "flush_secs, filename_suffix"),
 ]  # fmt: skip
@@ -298,6 +317,11 @@ def test_mistake_in_what_is_built(case: Case, own: Path, here: Path) -> None:
     "case",
     [
         bad("model=raising", "model._target_=wrong.Raising cannot be built: boom"),
+        bad(
+            "augment=mixup loss=numbers_alone",
+            "loss._target_=wrong.numbers_alone cannot be built",
+            "mixup makes labels torch.float32 [4, 10].",
+        ),
         bad("model=unable", "model._target_=wrong.Unable cannot take the images", "gives images of 1x28x28", "bang"),
     ],
     ids=str,

@@ -85,7 +85,7 @@ def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     return values
 
 
-_GROUPS = ("dataset", "model", "loss", "optimizer", "schedule")
+_GROUPS = ("dataset", "augment", "model", "loss", "optimizer", "schedule")
 _HPARAMS = (
     "seed", *(f"{group}." for group in _GROUPS), "backend.", "train.epochs", "train.batch_size", "train.max_steps",
     "train.precision", "train.clip_grad", "train.accumulate", "train.ema",

@@ -73,6 +73,7 @@ class Config:
     backend: Backend = field(default_factory=Backend)
     sweep: Sweep = field(default_factory=Sweep)
     dataset: Any = MISSING
+    augment: Any = MISSING
     model: Any = MISSING
     loss: Any = MISSING
     optimizer: Any = MISSING
@@ -129,6 +130,35 @@ class ImageFolder(OwnDataset):
 @dataclass
 class Arrays(OwnDataset):
     classes: list[str] | None = None
+
+
+@dataclass
+class Augment:
+    _target_: str = MISSING  # what changes a batch: the import path of a function, called with it and the keys below
+
+
+@dataclass
+class CropFlip(Augment):
+    padding: int = limited(4, least=0)  # black pixels on each side, before the old size is cut out anywhere
+    flip: float = limited(0.5, least=0.0, most=1.0)  # the share of images that are mirrored, left to right
+
+
+@dataclass
+class RandomErasing(Augment):
+    p: float = limited(0.5, least=0.0, most=1.0)  # the share of images that lose a rectangle
+    scale: tuple[float, float] = limited((0.02, 0.33), length=2, least=0.0, most=1.0)  # its area, as a share of theirs
+    ratio: tuple[float, float] = limited((0.3, 3.3), length=2, above=0.0)  # its height / width
+
+
+@dataclass
+class Mixed(Augment):
+    alpha: float = limited(1.0, above=0.0)  # of Beta(alpha, alpha): near 0 mostly one of the two, above 1 mostly halves
+
+
+@dataclass
+class Chain(Augment):
+    order: list[str] = listed()  # the names of those that are applied, the first one first
+    steps: dict[str, Any] = field(default_factory=dict)  # what may be named: each with its keys, as in its own YAML
 
 
 @dataclass
@@ -265,6 +295,7 @@ class TaggedStage(Stage):
 class ImageGrid(TaggedStage):
     images: int = limited(4, least=1, most=1000)  # how many
     layout: str = limited("grid", one_of=("grid", "images"))
+    augmented: bool = False
 
 
 @dataclass
@@ -290,6 +321,13 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "synthetic": SyntheticDataset,
         "image_folder": ImageFolder,
         "arrays": Arrays,
+    },
+    "augment": {
+        "plain": Augment,
+        "crop_flip": CropFlip,
+        "random_erasing": RandomErasing,
+        "mixed": Mixed,
+        "chain": Chain,
     },
     "model": {"plain": Model, "mlp": MLP},
     "loss": {"cross_entropy": CrossEntropy, "focal": Focal, "binary": Binary},

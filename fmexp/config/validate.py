@@ -31,7 +31,7 @@ def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming key and value, for what Hydra's types let through."""
     check_keys(cfg)
     with in_words():
-        for group in ("dataset", "model", "loss", "optimizer", "schedule", "logging"):
+        for group in ("dataset", "augment", "model", "loss", "optimizer", "schedule", "logging"):
             check_target(group, cfg[group])
         _check_own_keys(cfg.dataset)
         for name, stage in cfg.stage.items():

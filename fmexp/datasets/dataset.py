@@ -48,7 +48,7 @@ MapStyle = torch.utils.data.Dataset[Any]
 class Dataset:
     """Two splits, the names of the classes, and the normalisation (bytes / 255 - mean) / std for each channel.
 
-    A map-style split yields images that are normalised already; mean and std then serve to show them.
+    A map-style split yields bytes, or float32 that is normalised already; mean and std then serve to show them.
     """
 
     train: Split | MapStyle
@@ -85,17 +85,23 @@ class Dataset:
         pixels = images * std + mean
         return pixels.clamp(0, 1).mul(255).round().div(255)  # rounded, for TensorBoard cuts off: 0.9999 becomes 0
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Random training images, normalised, and their labels; drawn from the global random state."""
+    def sample(self, count: int, *, raw: bool = False) -> tuple[Tensor, Tensor]:
+        """Random training images and their labels, as `take` gives them; drawn from the global random state."""
         chosen = torch.randperm(length(self.train))[:count]
-        return self.take(self.train, chosen)
+        return self.take(self.train, chosen, raw=raw)
 
-    def take(self, split: Split | MapStyle, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised images float32 [B, C, H, W] and labels int64 [B] at `indices`."""
+    def take(self, split: Split | MapStyle, indices: Tensor, *, raw: bool = False) -> tuple[Tensor, Tensor]:
+        """The images float32 [B, C, H, W], normalised, and labels int64 [B] at `indices`; `raw`: not normalised."""
         if isinstance(split, Split):
             indices = indices.to(split.labels.device)
-            return self.normalise(split.images.index_select(0, indices)), split.labels.index_select(0, indices)
-        return stack(self.samples_at(split, indices.tolist()))
+            images, labels = split.images.index_select(0, indices), split.labels.index_select(0, indices)
+        else:
+            images, labels = stack(self.samples_at(split, indices.tolist()))
+        return images if raw else self.ready(images), labels
+
+    def ready(self, images: Tensor) -> Tensor:
+        """Images as a split has them, normalised where they are bytes."""
+        return self.normalise(images) if images.dtype == torch.uint8 else images
 
     def samples_at(self, split: MapStyle, indices: list[int]) -> list[tuple[Tensor, int]]:
         """What `sample_at` gives for each index, asked for together where the split has torch's `__getitems__`."""
@@ -112,7 +118,7 @@ class Dataset:
         return [self._checked(split, *pair) for pair in zip(indices, samples, strict=True)]
 
     def sample_at(self, split: MapStyle, index: int) -> tuple[Tensor, int]:
-        """The image float32 [C, H, W] and the label at `index` of a map-style split.
+        """The image, uint8 or float32 [C, H, W], and the label at `index` of a map-style split.
 
         Raises:
             DataError: it cannot be read, or nothing can be trained on it.
@@ -183,7 +189,9 @@ _latest: dict[str, Dataset] = {}
 
 
 def stack(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """One batch, float32 [B, C, H, W] and int64 [B], of what `Dataset.sample_at` gives."""
+    """One batch, uint8 or float32 [B, C, H, W] and int64 [B], of what `Dataset.sample_at` gives."""
+    if len({image.dtype for image, _ in samples}) > 1:
+        raise DataError("dataset: some images are uint8 and others float32. All of a split need the same.")
     return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
@@ -268,8 +276,9 @@ def _wrong_sample(sample: Any, classes: int) -> str | None:
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         return f"the item is {_kind(sample)} where (image, label) is needed."
     image, label = sample
-    if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.ndim != 3 or not image.numel():
-        return f"it is {_kind(image)} where a tensor torch.float32 [C, H, W], normalised, is needed."
+    types = (torch.uint8, torch.float32)
+    if not isinstance(image, Tensor) or image.dtype not in types or image.ndim != 3 or not image.numel():
+        return f"it is {_kind(image)} where a tensor torch.uint8, or torch.float32 and normalised, [C, H, W] is needed."
     try:
         number = operator.index(label)  # of Python's, NumPy's and torch's whole numbers
     except TypeError:

@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from fmexp.datasets.dataset import Dataset, Split, hold_out, normalise
+from fmexp.datasets.dataset import Dataset, Split, hold_out
 from fmexp.errors import ConfigError, DataError, first_line
 from fmexp.process import available_cores, available_memory
 from fmexp.rundir import atomic
@@ -63,13 +63,13 @@ def image_folder(
         ConfigError: arguments that do not go together.
         DataError: folders that are no dataset; pictures that cannot be read, all of them in one message.
     """
-    _check_arguments(image_size, resize, crop, channels, mean=mean, std=std)
+    _check_arguments(image_size, resize, crop)
     folder = Path(root).absolute()
     train, test, classes, origin = _splits(folder, test_share, split_seed)
     files, labels = zip(*train, *test, strict=True)
     everything = Pictures(
         folder, np.array([os.fsencode(file) for file in files]), np.array(labels, np.int64), image_size, resize, crop,
-        channels, tuple(mean), tuple(std),
+        channels,
     )  # fmt: skip
     images, mapped = _cached(everything, cache, Path(cache_dir).absolute(), f"{test_share} {split_seed}")
 
@@ -83,22 +83,17 @@ def image_folder(
     return Dataset(split(first), split(rest), classes, tuple(mean), tuple(std), about)
 
 
-def _check_arguments(
-    image_size: int | None, resize: int | None, crop: bool, channels: int, **normalisation: Sequence[float]
-) -> None:
+def _check_arguments(image_size: int | None, resize: int | None, crop: bool) -> None:
     if resize is not None and (image_size is None or not crop or resize < image_size):
         raise ConfigError(
             f"dataset.resize={resize} is the shortest side before the middle is cut out: it needs dataset.crop=true "
             f"and a dataset.image_size that is no larger, which is {image_size}."
         )
-    for name, values in normalisation.items():  # here, for a picture that is not kept is normalised at once
-        if len(values) not in (1, channels):
-            raise ConfigError(f"dataset.{name}={list(values)} has {len(values)} numbers: give 1 or {channels}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures(torch.utils.data.Dataset[Any]):
-    """A map-style split that decodes a picture whenever it is asked for: float32 [C, H, W], normalised, and its label.
+    """A map-style split that decodes a picture whenever it is asked for: uint8 [C, H, W], and its label.
 
     Attributes:
         files: the paths below `root`, as bytes in an array: workers that look at a list of texts each copy it.
@@ -112,15 +107,12 @@ class Pictures(torch.utils.data.Dataset[Any]):
     resize: int | None
     crop: bool
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels = torch.from_numpy(self.pixels(index))[None]
-        return normalise(pixels, self.mean, self.std)[0], int(self.labels[index])
+        return torch.from_numpy(self.pixels(index)), int(self.labels[index])
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """The picture at `index`, uint8 [C, H, W]."""

@@ -43,6 +43,7 @@ def batches(
     device: torch.device,
     workers: "Workers | None" = None,
     seed: tuple[int, int] = (0, 0),
+    raw: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 [B, C, H, W], labels int64 [B]) on `device`, in the order of `indices`.
 
@@ -50,6 +51,7 @@ def batches(
         workers: the processes that load a map-style split; None: this one.
         seed: (seed, epoch). A map-style split's own randomness (augmentation) is seeded with these and the first index
             of a batch, so that it does not depend on the workers or on where in the epoch one begins.
+        raw: give the images as the split has them, uint8 or float32, and do not normalise.
     """
     if isinstance(split, Split):
         # Many small batches at a time, for calling a kernel takes longer than a small one does. Not where a batch would
@@ -57,7 +59,7 @@ def batches(
         size = 4 * batch_size * split.images[0].numel()
         together = max(1, BLOCK // size) if device.type == "cpu" and size % 64 == 0 else 1
         for block in indices.to(split.labels.device).split(together * batch_size):
-            images, labels = (part.to(device) for part in dataset.take(split, block))
+            images, labels = (part.to(device) for part in dataset.take(split, block, raw=raw))
             for pair in zip(images.split(batch_size), labels.split(batch_size), strict=True):
                 yield pair[0].detach(), pair[1].detach()  # else autograd knows them as views of one, not to be changed
         return
@@ -68,7 +70,8 @@ def batches(
         if isinstance(batch, DataError):
             raise batch
         images, labels = batch
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True)
+        yield images if raw else dataset.ready(images), labels.to(device, non_blocking=True)
 
 
 class _Batches(torch.utils.data.Dataset[Any]):

@@ -14,9 +14,13 @@ from torch import Tensor
 from fmexp.run import Run
 
 
-def image_grid(run: Run, *, tag: str, images: int, layout: str) -> None:
-    """Write `images` random training images in display range, as one grid or (layout "images") one picture each."""
-    pixels = run.dataset.displayable(run.dataset.sample(images)[0])
+def image_grid(run: Run, *, tag: str, images: int, layout: str, augmented: bool) -> None:
+    """Write `images` random training images in display range, as one grid or (layout "images") one picture each;
+    `augmented`: as a batch of them is at the current step."""
+    chosen, labels = run.dataset.sample(images, raw=augmented)
+    if augmented:
+        chosen, _ = run.augmented(chosen.to(run.device), labels.to(run.device), run.step)
+    pixels = run.dataset.displayable(chosen)
     if layout == "images":
         _add_samples(run, tag, pixels)
     else:

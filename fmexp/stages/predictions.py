@@ -18,6 +18,7 @@ def predictions(run: Run, *, tag: str, images: int) -> None:
     The images are in rows of four, light and dark as image_grid shows them.
     """
     pixels, labels = (part[:images] for part in run.batch)
+    labels = labels.argmax(1) if labels.ndim == 2 else labels  # of a mixture the class that has most of it
     with torch.no_grad():
         probabilities = run.model(pixels).softmax(1)
     shown = run.dataset.displayable(pixels).permute(0, 2, 3, 1).squeeze(-1).numpy()

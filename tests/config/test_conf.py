@@ -39,6 +39,7 @@ OPTIONS = [(group, name) for group, names in GROUPS.items() if group not in ("st
 GIVEN = {
     "model": {"input_shape", "num_classes"}, "stage": {"run"}, "optimizer": {"params"}, "logging": {"log_dir"},
     "loss": {"logits", "labels"}, "schedule": {"step", "total", "steps_per_epoch", "lr", "maximised"},
+    "augment": {"images", "labels", "generator", "num_classes"},
 }  # fmt: skip
 OF_EVERY_STAGE = {"enabled", "required", "when", "changes"}
 
@@ -239,7 +240,7 @@ def test_every_schema_is_used() -> None:
 
 
 def test_the_configurations_dataclass_and_its_yaml_agree() -> None:
-    groups = {"dataset", "model", "loss", "optimizer", "schedule", "logging", "stage"}
+    groups = {"dataset", "augment", "model", "loss", "optimizer", "schedule", "logging", "stage"}
     defaults = plain(OmegaConf.structured(Config(**dict.fromkeys(groups - {"stage"}))))
     written = raw(conf_dir() / "config.yaml")
     assert defaults.keys() - groups == written.keys() - {"defaults", "hydra"}
@@ -260,7 +261,7 @@ def test_help_marks_the_defaults() -> None:
     chosen = {key: value for entry in raw(conf_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
               for key, value in entry.items() if key in GROUPS and value}  # fmt: skip
     assert chosen == {
-        "dataset": "fashion_mnist", "model": "lenet", "loss": "cross_entropy", "optimizer": "sgd",
+        "dataset": "fashion_mnist", "augment": "none", "model": "lenet", "loss": "cross_entropy", "optimizer": "sgd",
         "schedule": "constant", "logging": "tensorboard",
     }  # fmt: skip
     for group, name in chosen.items():

@@ -141,7 +141,7 @@ WRONG = {
     "an item is no pair": ({"train": Items(ITEM[0])}, r"training image 0: the item is torch.Tensor"),
     "an item is an array": ({"train": Items((ITEM[0].numpy(), 0))}, r"training image 0: it is numpy.ndarray float32"),
     "an item is a picture": ({"test": Items((Image.new("L", (8, 8)), 0))}, r"test image 0: it is PIL.Image.Image"),
-    "an item is bytes": ({"train": Items((IMAGES[0], 0))}, r"torch.uint8 .* torch.float32"),
+    "an item is float64": ({"train": Items((ITEM[0].double(), 0))}, r"torch.float64 .* torch.uint8, or torch.float32"),
     "an item has no channels": ({"train": Items((ITEM[0][0], 0))}, r"\[C, H, W\]"),
     "an item has another size": ({"test": Items((ITEM[0][:1], 0))}, r"test image 0 has shape \[1, 8, 8\].*\[3, 8, 8\]"),
     "an item's label is too high": ({"train": Items((ITEM[0], 2))}, r"its label is 2; with 2 classes"),
@@ -168,6 +168,15 @@ def test_whole_numbers_of_all_kinds_are_labels(label: Any) -> None:
     datasets.check(dataset)
     labels = dataset.take(items, torch.tensor([1, 0]))[1]
     assert (labels.tolist(), labels.dtype) == ([1, 0], torch.int64)
+
+
+def test_bytes_are_normalised_and_do_not_mix_with_what_is_normalised_already() -> None:
+    items = Items((IMAGES[0], 0), (IMAGES[1], 1), ITEM)
+    dataset = Dataset(items, GOOD, ["a", "b"], mean=(0.4,), std=(0.3,))
+    datasets.check(dataset)
+    assert torch.equal(dataset.take(items, torch.tensor([0, 1]))[0], dataset.normalise(IMAGES[:2]))
+    with pytest.raises(DataError, match="some images are uint8 and others float32"):
+        dataset.take(items, torch.tensor([0, 2]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -415,12 +415,6 @@ def test_sizes_that_do_not_go_together(photos: Path, keep: Keep, keys: dict[str,
         keep(photos, crop="image_size" not in keys or keys["image_size"] == 20, **keys)
 
 
-@pytest.mark.parametrize("name", ["mean", "std"])
-def test_as_many_numbers_as_channels(photos: Path, keep: Keep, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"dataset\.{name}=\[0\.4, 0\.5\] has 2 numbers: give 1 or 3\."):
-        keep(photos, cache="none", **{name: [0.4, 0.5]})
-
-
 @pytest.mark.parametrize("cache", CACHES)
 def test_all_broken_pictures_are_named_before_training(
     photos: Path, keep: Keep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str

@@ -72,8 +72,9 @@ needs_compiler = pytest.mark.skipif(
 @needs_compiler
 @pytest.mark.slow
 def test_a_compiled_run_is_close_to_a_plain_one_and_resumes_to_the_bit(tmp_path: Path) -> None:
-    # 16 batches an epoch and one of 2 images, dropout, and a stop in the second epoch
-    settings = ("model=mlp", "model.dropout=0.3", "optimizer=adam", "dataset.train_size=66", "train.epochs=2")
+    # 16 batches an epoch and one of 2 images, dropout, labels that are probabilities, and a stop in the second epoch
+    settings = ("model=mlp", "model.dropout=0.3", "optimizer=adam", "dataset.train_size=66", "train.epochs=2",
+                "augment=mixup")  # fmt: skip
     compiled = (*settings, "train.compile=true", "train.checkpoint_every=1")
     execute(small(*compiled), tmp_path / "whole")
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["backend"]["compiled"]

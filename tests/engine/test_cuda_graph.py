@@ -76,6 +76,7 @@ def lines(folder: Path, level: str) -> list[str]:
         ("model=mlp", "optimizer=rmsprop", "optimizer.momentum=0.5"),
         ("model=mlp", "optimizer=adamw", "optimizer.weight_decay=0.1"),
         ("model._target_=test_cuda_graph.Normed", "train.batch_size=8"),
+        ("model=mlp", "augment=chain", "augment.order=[crop_flip,mixup]"),  # labels are probabilities
     ],
 )
 def test_a_captured_run_is_the_plain_one_to_the_bit(

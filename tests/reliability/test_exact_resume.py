@@ -16,9 +16,11 @@ MODELS = {
     "noisy": ("model=lenet", "model._target_=reliability_parts.Noisy"),
 }
 OPTIMIZERS = {"sgd": ("optimizer=sgd", "optimizer.momentum=0.9"), "adam": ("optimizer=adam",)}
+CHAIN = ("augment=chain", "augment.order=[crop_flip,mixup,random_erasing]")
 DATA = {
     "memory": (),
-    "workers": ("dataset._target_=reliability_parts.augmented", "train.num_workers=2", "train.epochs=1"),
+    "workers": (*CHAIN, "dataset._target_=reliability_parts.augmented", "train.num_workers=2", "train.epochs=1"),
+    "mixed": CHAIN,
 }
 
 
@@ -51,16 +53,17 @@ def assert_killed_twice_is_the_same(
 
 def test_everything_that_is_written(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    args = (*RICH, *CHAIN, "stage.image_grid.augmented=true")
     for steps in (1, 5, 7, 12, 13):
         plan = [{"steps": steps, "match": "batch trained", "do": "KILL"}]
-        ended = driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan)
+        ended = driver.run(*args, f"hydra.run.dir={folder}", plan=plan)
         assert ended.code == -9
         assert "Embedding dir exists" not in ended.output  # SummaryWriter's word for one that is there twice
     plan = [{"match": "open .model.pt.part", "do": "KILL"}]  # so that the last process trains no batch
-    assert driver.run(*RICH, f"hydra.run.dir={folder}", plan=plan).code == -9
-    ended = driver.run(*RICH, f"hydra.run.dir={folder}")
+    assert driver.run(*args, f"hydra.run.dir={folder}", plan=plan).code == -9
+    ended = driver.run(*args, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.output
-    assert_same(folder, truth(*RICH))
+    assert_same(folder, truth(*args))
 
 
 def test_looking_at_the_size_of_the_images_draws_nothing() -> None:

@@ -94,6 +94,15 @@ def test_titles_say_what_the_tutorials_say_green_if_right_and_red_if_wrong(monke
     assert len(look(model, labels, 2, monkeypatch)[0]) == 2
 
 
+def test_a_mixtures_label_is_the_class_that_has_most_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_hot = torch.eye(10)[[7, 0]]
+    (drawn, _), (mixed, _) = (
+        look(Knows([[0.0] * 9 + [1.0]] * 2), labels, 2, monkeypatch)  # type: ignore[arg-type]
+        for labels in ([7, 0], (0.7 * one_hot + 0.3 * one_hot.roll(1, 0)).tolist())
+    )
+    assert [one.title for one in mixed] == [one.title for one in drawn]
+
+
 @pytest.mark.parametrize(("count", "rows"), [(1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (10, [4, 4, 2])])
 def test_predictions_stand_in_rows_of_four(count: int, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn, sheet = look(Knows([[0.1] * 10] * count), [0] * count, count, monkeypatch)
