@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,6 +100,11 @@ def call(*words: str, cwd: Path) -> Finished:
         root.handlers[:], root.level = handlers, level
         GlobalHydra.instance().clear()
     return Finished(status, out.getvalue(), err.getvalue())
+
+
+def slurm_answers() -> bool:
+    """Whether there is a Slurm here that can be asked, and takes jobs."""
+    return bool(shutil.which("sbatch")) and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
 
 
 def until(condition: Callable[[], Any], what: str, *, ended: Callable[[], bool] = lambda: False) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fmexp.datasets.dataset import Dataset, Split, hold_out
+from fmexp.datasets.dataset import Dataset, Split, check_file, hold_out
 from fmexp.errors import DataError, first_line
 
 # The names of images and labels: MedMNIST's, Keras's, and those of a set that is not divided.
@@ -83,8 +83,7 @@ def _read(path: Path, name: str) -> NDArray[Any] | None:
     file = path / f"{name}.npy" if path.is_dir() else path
     if file != path and not file.exists():
         return None
-    if not file.is_file():  # opening a pipe would wait for its other end
-        raise DataError(f"{path}: {name} cannot be read: {file.name} is no file")
+    check_file(file)
     try:
         with open(file, "rb") as content:  # NumPy leaves one that is damaged open
             array: Any = np.load(content, allow_pickle=False)
@@ -92,7 +91,9 @@ def _read(path: Path, name: str) -> NDArray[Any] | None:
                 if not isinstance(array, np.lib.npyio.NpzFile):
                     raise ValueError("the file is one array; several are in an .npz, or in the folder dataset.root")
                 array = array.get(name)
-    except Exception as error:  # of many kinds, for bytes that are damaged, and MemoryError for a shape that is
+        if not isinstance(array, np.ndarray | None):
+            raise ValueError("it is not in NumPy's format")
+    except Exception as error:  # of many kinds: BadZipFile, TokenError, MemoryError, for damaged bytes
         raise DataError(f"{path}: {name} cannot be read: {first_line(error)}") from error
     if array is not None and not array.size:
         raise DataError(f"{path}: {name} is empty, with shape {list(array.shape)}.")

@@ -195,6 +195,12 @@ def stack(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise DataError for what is there and no file: a named pipe that is opened blocks for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path} is a folder, a named pipe or a device where a file is needed.")
+
+
 def hold_out(names: Sequence[str], labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Divide images into those that stay and those that are held out, `share` of each class: the indices, in order.
 

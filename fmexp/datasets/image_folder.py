@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from fmexp.datasets.dataset import Dataset, Split, hold_out
+from fmexp.datasets.dataset import Dataset, Split, check_file, hold_out, normalise
 from fmexp.errors import ConfigError, DataError, first_line
 from fmexp.process import available_cores, available_memory
 from fmexp.rundir import atomic
@@ -163,6 +163,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
     @contextmanager
     def _opened(self, index: int) -> Iterator[Image.Image]:
         path = self.root / os.fsdecode(self.files[index])
+        check_file(path)
         try:
             if not path.is_file():  # opening a pipe would wait for its other end
                 raise ValueError("is no file")

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from shutil import which
 from types import SimpleNamespace
 from typing import Any
 
@@ -348,7 +347,6 @@ def test_a_killed_loading_process_ends_the_run_with_words(tmp_path: Path) -> Non
 
 
 IMPORTABLE = (program.INSTALLED, Path(__file__).parent, Path(program.__file__).parent)
-NEEDS_SLURM = pytest.mark.skipif(not which("sbatch"), reason="needs Slurm")
 KINDS = {
     "memory": [],
     "0": ["dataset._target_=test_loader.loaded", "train.num_workers=0"],
@@ -363,7 +361,9 @@ KINDS = {
         *(pytest.param("joblib", kind, marks=pytest.mark.slow) for kind in ("memory", "0")),
         *(pytest.param("basic", kind, marks=pytest.mark.slow) for kind in KINDS),
         pytest.param(
-            "slurm", "2", marks=[pytest.mark.slow, pytest.mark.skipif(not which("sbatch"), reason="no Slurm")]
+            "slurm",
+            "2",
+            marks=[pytest.mark.slow, pytest.mark.skipif(not program.slurm_answers(), reason="no Slurm answers")],
         ),
     ],
 )

@@ -1,10 +1,10 @@
 """Sweeps through a real Slurm: members preempted, warned, cancelled; a sweep that is killed while its jobs run."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from program import slurm_answers
 from sweep_tools import OWN, Gate, Sweep, files, member, members, result, until
 
 from fmexp import sweep
@@ -13,13 +13,9 @@ from fmexp.sweep import slurm
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.slurm.slurm_array_parallelism=2")
 
 
-def _answers() -> bool:
-    return bool(shutil.which("sbatch")) and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
-
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not _answers(), reason="needs a Slurm that answers to sinfo and takes jobs by sbatch"),
+    pytest.mark.skipif(not slurm_answers(), reason="needs a Slurm that answers to sinfo and takes jobs by sbatch"),
 ]
 
 
