@@ -1,13 +1,17 @@
-"""In one process, taken in turns: fmexp's training against bare PyTorch loops, or fmexp's evaluation with its stages.
+"""In one process, taken in turns: fmexp's training against bare PyTorch loops, or fmexp's evaluation with its stages;
+an epoch of data that is loaded or augmented against a plain loop; the memory of a run, in bytes.
 
     python benchmarks/loops.py training <pairs> <batches> device=<device> <override>...
     python benchmarks/loops.py evaluation <pairs>
+    python benchmarks/loops.py data <pairs> <kind> <workers> <folder of the data> <part> <override>...
+    python benchmarks/loops.py memory 1 <override>...
 
 The last line of its output is JSON: seconds by name, one of each a pair. benchmarks/run.py calls this.
 """
 
 import gc
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -16,10 +20,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from hydra.utils import instantiate
 from torch import nn
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import FashionMNIST, ImageFolder
 
 from fmexp import compose, execute, execution
 from fmexp.build import build
+from fmexp.datasets import Dataset
 from fmexp.rundir import tensorboard
 from fmexp.trainer import Trainer
 
@@ -97,6 +106,74 @@ def ours(overrides: list[str], batches: int) -> float:
     return seconds
 
 
+def plain_data(kind: str, folder: str, part: int) -> Dataset:
+    """What a plain loop loads: a part of torchvision's Fashion-MNIST, cropped and flipped; or its ImageFolder."""
+    plain = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
+    if kind == "pictures":
+        small = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32), *plain])
+        train, test = (ImageFolder(f"{folder}/{split}", small) for split in ("train", "test"))
+    else:
+        crop = transforms.RandomCrop(28, padding=4)
+        train = FashionMNIST(folder, True, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *plain]))
+        test = FashionMNIST(folder, False, transforms.Compose(plain))
+    return Dataset(Subset(train, range(len(train) // part)), test, train.classes)
+
+
+def map_style(root: str, part: int, **others: object) -> Dataset:
+    """The same for YAML."""
+    return plain_data("map", root, part)
+
+
+def plain_epoch(overrides: list[str], data: Dataset, workers: int) -> float:
+    """Seconds of one epoch of a plain loop with torch's DataLoader."""
+    cfg = compose(overrides)
+    model = instantiate(cfg.model, input_shape=data.input_shape, num_classes=len(data.classes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.optimizer.lr, momentum=cfg.optimizer.momentum)
+    criterion = nn.CrossEntropyLoss()
+    loader = DataLoader(data.train, cfg.train.batch_size, shuffle=True, num_workers=workers)
+    began = clock()
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+    return clock() - began
+
+
+def second_epoch(overrides: list[str]) -> float:
+    """Seconds of fmexp's second epoch, with the checkpoint before it and without its evaluation."""
+    begun, ended = [], []
+
+    class Timed(Trainer):
+        def end_epoch(self) -> None:
+            ended.append(clock())
+            super().end_epoch()
+            begun.append(clock())
+
+    with mock.patch.object(execution, "Trainer", Timed), tempfile.TemporaryDirectory() as folder:
+        execute(compose([*overrides, "train.epochs=2"]), folder)
+    return ended[1] - begun[0]
+
+
+def memory(overrides: list[str]) -> int:
+    """The most memory, in bytes, that a run has of its own: pages of mapped files, which the system may drop, left out.
+
+    Taken after each batch of two epochs.
+    """
+    most = 0
+
+    class Watched(Trainer):
+        def after_step(self, loss: torch.Tensor) -> None:
+            nonlocal most
+            super().after_step(loss)
+            (kib,) = re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+            most = max(most, 1024 * int(kib))
+
+    with mock.patch.object(execution, "Trainer", Watched), tempfile.TemporaryDirectory() as folder:
+        execute(compose(["device=cpu", "logging=light", "train.epochs=2", *overrides]), folder)
+    return most
+
+
 def evaluation() -> float:
     """Seconds of fmexp's pass over the test split and the stages after it."""
     run = build(compose(["experiment=tutorial", "device=cpu"]))
@@ -115,6 +192,21 @@ def evaluation() -> float:
 def main(what: str, pairs: int, *rest: str) -> None:
     if what == "evaluation":
         work = {"fmexp": evaluation}
+    elif what == "memory":
+        work = {"fmexp": lambda: memory([*rest])}
+    elif what == "data":
+        kind, workers, data = rest[0], int(rest[1]), plain_data(rest[0], rest[2], int(rest[3]))
+        overrides = ["device=cpu", "logging=light", "train.batch_size=64", "optimizer.momentum=0.9", *rest[4:]]
+        if kind == "map":
+            overrides += [
+                "dataset._target_=loops.map_style",
+                f"+dataset.part={rest[3]}",
+                f"train.num_workers={workers}",
+            ]
+        work = {
+            "fmexp": lambda: second_epoch(overrides),
+            "plain": lambda: plain_epoch(overrides, data, workers),
+        }
     else:
         batches, overrides = int(rest[0]), ["experiment=tutorial", "train.epochs=1000", *rest[1:]]
         work = {

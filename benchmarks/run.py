@@ -121,6 +121,34 @@ class Bench:
         if lines.wait():
             raise SystemExit("networks.py failed: run it by itself to see why")
 
+    def data(self) -> Iterator[tuple]:
+        """The second epoch on data that is loaded or augmented, batch 64, against a plain loop with a DataLoader."""
+        fashion, pictures = str(self.scratch / "data"), self.scratch / "pictures"
+        root, few = f"dataset.root={fashion}", f"{pictures}/few"
+        draw(pictures, 20_000 // self.scale)
+        folder = ["dataset=image_folder", f"dataset.cache_dir={self.scratch}/cache"]
+        images = [*folder, f"dataset.root={few}", "dataset.image_size=32"]
+        kinds = [("map-style, crop and flip, lenet", "map", fashion, (0, 2), 0.95, [root]),
+                 ("pictures in memory, lenet", "pictures", few, (0, 2), 3, [*images, "dataset.cache=memory"]),
+                 ("pictures on disk, lenet", "pictures", few, (0, 2), 2, [*images, "dataset.cache=disk"]),
+                 ("augment=crop_flip, mlp", "memory", fashion, (0,), 4, [root, "augment=crop_flip", "model=mlp"]),
+        ]  # fmt: skip
+        for name, kind, place, counts, least, overrides in kinds:
+            if "crop_flip" in name and not (HERE.parent / "conf" / "augment" / "crop_flip.yaml").exists():
+                print(f"{name} is skipped: there is no such option")
+                continue
+            for workers in counts:
+                part = self.scale if place == fashion else 1
+                *_, last = child(str(HERE / "loops.py"), "data", str(self.pairs), kind, str(workers), place, str(part),
+                                 *overrides)  # fmt: skip
+                a, b = (statistics.median(json.loads(last)[who]) for who in ("fmexp", "plain"))
+                yield name, f"{a:.2f} s", f"plain, {workers} workers", f"{b:.2f} s", b / a, least
+        own = [json.loads(child(str(HERE / "loops.py"), "memory", "1", *folder, "dataset.image_size=64", "model=mlp",
+                                "train.batch_size=64", "dataset.cache=disk", f"dataset.root={pictures}/{size}")[2])
+               ["fmexp"][0] / 1e6 for size in ("many", "few")]  # fmt: skip
+        work = f"memory, disk cache, {20_000 // self.scale:,} pictures"
+        yield work, f"{own[0]:.0f} MB", "a tenth of them", f"{own[1]:.0f} MB", own[1] / own[0], 0.95
+
     def evaluation(self) -> Iterator[tuple]:
         """The test split's 10,000 images and what is written of them."""
         ours, theirs = self.turns(
@@ -173,6 +201,23 @@ def processor() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
+def draw(folder: Path, count: int) -> None:
+    """`few`: JPEGs of 160x128 in two classes, half of them for the test; `many`: `count`, each ten times, by links."""
+    from numpy.random import default_rng
+    from PIL import Image
+
+    rng = default_rng(0)
+    for number in range(count // 10):
+        coarse = Image.fromarray(rng.integers(0, 256, (16, 20, 3), "uint8"))
+        place = Path(("train", "test")[number % 2], "ab"[number // 2 % 2])
+        first = folder / "few" / place / f"{number}.jpg"
+        for other in (first.parent, folder / "many" / place):
+            other.mkdir(parents=True, exist_ok=True)
+        coarse.resize((160, 128)).save(first)
+        for copy in range(10):
+            os.link(first, folder / "many" / place / f"{number}_{copy}.jpg")
+
+
 def unpack(folder: Path) -> None:
     """Fashion-MNIST as torchvision wants it, from the packed files or the unpacked ones."""
     raw = Path(os.environ.get("FMEXP_DATA", "data")) / "FashionMNIST" / "raw"
@@ -190,7 +235,7 @@ def unpack(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = ["whole", "training", "networks", "evaluation", "sweep", "start"]
+    rows = ["whole", "training", "data", "networks", "evaluation", "sweep", "start"]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="which rows")
     parser.add_argument("--pairs", type=int, default=3, help="how often each of two is measured")
     parser.add_argument("--quick", action="store_true", help="a tenth of the batches; says how it works, not how fast")
@@ -202,7 +247,7 @@ def main() -> None:
     print(f"{chosen.pairs} pairs, load at the start {os.getloadavg()[0]:.1f}{quick}\n")
     print("| work | fmexp | against | its figure | ratio | at least |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        if {"whole", "evaluation", "sweep"} & set(chosen.rows):
+        if {"whole", "data", "evaluation", "sweep"} & set(chosen.rows):
             unpack(Path(scratch) / "data")
         bench = Bench(Path(scratch), chosen.pairs, chosen.quick, chosen.device)
         for row in chosen.rows:

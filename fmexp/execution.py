@@ -125,6 +125,8 @@ class _Execution:
                     hparams.write_status(run.writer, complete=False)
                 run.writer.close()
             raise
+        finally:
+            run.workers.close()
 
     def _finish(self, status: str) -> float:
         run = self.run

@@ -176,9 +176,13 @@ def resume_gc() -> None:
         gc.enable()
 
 
+sharers = 1  # processes that share the cores with this one: those of a sweep side by side
+
+
 def available_cores() -> int:
     """How many cores this process may use; macOS does not say, and there it is how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // sharers)
 
 
 def available_memory() -> int:

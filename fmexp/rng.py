@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import get_bit_generator, set_bit_generator  # type: ignore[attr-defined]  # its stubs lack them
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -55,3 +56,22 @@ def fork(seed: int) -> Iterator[None]:
         yield
     finally:
         set_state(state)
+
+
+_spare = np.random.MT19937()  # NumPy draws from it for a while: to copy the state of its own takes 70 us
+
+
+@contextmanager
+def fork_cpu(seed: int) -> Iterator[None]:
+    """As `fork`, without the generators of devices and in a tenth of the time (30 us); not within itself."""
+    state = torch.get_rng_state(), random.getstate(), get_bit_generator()
+    set_bit_generator(_spare)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        set_bit_generator(state[2])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,15 @@ class Run:
                     self.dataset,
                     getattr(self.dataset, split),
                     device=self.device,
-                    num_workers=self.cfg.train.num_workers,
+                    workers=self.workers,
                     memory_format=how.memory_format,
                 )
         return self._evaluations[split]
+
+    @cached_property
+    def workers(self) -> datasets.Workers:
+        """The processes that load for evaluations; those of the training are the Trainer's, and load in between."""
+        return datasets.Workers(self.dataset, self.cfg.train.num_workers, self.device)
 
     @torch.no_grad()
     def augmented(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:

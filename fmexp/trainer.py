@@ -58,7 +58,7 @@ class Trainer:
         self.train_step = TrainStep(run.model, run.optimizer, clip_grad=run.cfg.train.clip_grad)
         self.step: Step | None = None  # the same, perhaps as a graph
         cfg = run.cfg.train
-        self.batch_size, self.num_workers = cfg.batch_size, cfg.num_workers  # here, for OmegaConf is slow in a loop
+        self.batch_size = cfg.batch_size  # here, for OmegaConf is slow in a loop
         self.log_every, self.checkpoint_every, self.accumulate = cfg.log_every, cfg.checkpoint_every, cfg.accumulate
         self.steps_per_epoch = steps_per_epoch(run.cfg, run.dataset)
         self.total_steps = total_steps(run.cfg, run.dataset)
@@ -79,19 +79,22 @@ class Trainer:
         step = self.step = self.build_step()
         # tqdm reads its variable at import alone, and not where `disable` is given. None: shown on a terminal alone.
         hidden = True if os.environ.get("TQDM_DISABLE") else None
-        with tqdm(
+        bar = tqdm(
             total=self.total_steps, initial=run.step, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True
-        ) as bar:
+        )
+        with bar, datasets.Workers(run.dataset, run.cfg.train.num_workers, run.device) as workers:
             while run.step < self.total_steps:
                 order = datasets.order(seed, run.epoch, datasets.length(run.dataset.train))
                 rest = order[run.position * self.batch_size :]  # of an epoch that was begun before a stop
                 run.model.train()
                 for images, labels in datasets.batches(
                     run.dataset, run.dataset.train, rest, self.batch_size,
-                    device=run.device, num_workers=self.num_workers, seed=(seed, run.epoch),
+                    device=run.device, workers=workers, seed=(seed, run.epoch),
                     raw=run.augment is not None,  # else it normalises many small batches at a time
                 ):  # fmt: skip
-                    run.batch = images, labels = run.augmented(images, labels, run.step)
+                    if run.augment is not None:
+                        images, labels = run.augmented(images, labels, run.step)
+                    run.batch = images, labels
                     self.rate.set(run.step)
                     if self.accumulate > 1:
                         self.enter_window(len(labels))

@@ -504,3 +504,29 @@ def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cores_of_a_system_that_does_not_say_which_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert available_cores() == os.cpu_count()
+
+
+def test_a_sweep_by_hydras_own_key(tmp_path: Path) -> None:
+    done = call(*QUICK, "hydra.mode=MULTIRUN", "seed=1,2", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "2 members: 2 complete" in done.out
+    wrong = call(*QUICK, "hydra.mode=nonsense", cwd=tmp_path)
+    assert wrong.status == 1
+    assert "hydra.mode: Invalid value 'nonsense', expected one of [RUN, MULTIRUN]" in wrong.err
+    assert {path.name for path in tmp_path.iterdir()} == {"s"}
+
+
+@pytest.mark.parametrize("name", ["a folder", "a=b", "${x}", "d\udcffg", "d'g", "a,b", "[a]"])
+def test_any_folder_is_worked_in_or_refused_in_a_line(name: str, tmp_path: Path) -> None:
+    here = tmp_path / name
+    here.mkdir()
+    inside = call(*QUICK, "hydra.run.dir=run", cwd=here)
+    named = call(*QUICK, f"hydra.run.dir={quote(str(here / 'run2'))}", cwd=tmp_path)
+    for done, folder in ((inside, "run"), (named, "run2")):
+        assert "Traceback" not in done.out + done.err
+        if done.status:
+            assert len(done.err.splitlines()) <= 3, done.err
+            assert not (here / folder).exists()
+        else:
+            assert json.loads((here / folder / "result.json").read_text())["status"] == "complete"
+    assert bool(inside.status) == bool(named.status) == (name in ("${x}", "d\udcffg"))

@@ -41,7 +41,7 @@ class Train:
     batch_size: int = limited(4, least=1)
     log_every: int = limited(1000, least=1)
     max_steps: int | None = limited(None, least=1)
-    num_workers: int = limited(2, least=0)
+    num_workers: Any = limited("auto", word="auto", least=0)
     precision: Any = limited(32, one_of=(32, "bf16"))
     clip_grad: float | None = limited(None, above=0.0)
     accumulate: int = limited(1, least=1)

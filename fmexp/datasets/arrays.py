@@ -1,7 +1,5 @@
 """Images and labels as NumPy keeps them: one .npz, or a folder of .npy files."""
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +83,8 @@ def _read(path: Path, name: str) -> NDArray[Any] | None:
     file = path / f"{name}.npy" if path.is_dir() else path
     if file != path and not file.exists():
         return None
+    if not file.is_file():  # opening a pipe would wait for its other end
+        raise DataError(f"{path}: {name} cannot be read: {file.name} is no file")
     try:
         with open(file, "rb") as content:  # NumPy leaves one that is damaged open
             array: Any = np.load(content, allow_pickle=False)
@@ -92,7 +92,7 @@ def _read(path: Path, name: str) -> NDArray[Any] | None:
                 if not isinstance(array, np.lib.npyio.NpzFile):
                     raise ValueError("the file is one array; several are in an .npz, or in the folder dataset.root")
                 array = array.get(name)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of many kinds, for bytes that are damaged, and MemoryError for a shape that is
         raise DataError(f"{path}: {name} cannot be read: {first_line(error)}") from error
     if array is not None and not array.size:
         raise DataError(f"{path}: {name} is empty, with shape {list(array.shape)}.")

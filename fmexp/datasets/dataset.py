@@ -96,12 +96,26 @@ class Dataset:
             indices = indices.to(split.labels.device)
             images, labels = split.images.index_select(0, indices), split.labels.index_select(0, indices)
         else:
-            images, labels = stack([self.sample_at(split, index) for index in indices.tolist()])
+            images, labels = stack(self.samples_at(split, indices.tolist()))
         return images if raw else self.ready(images), labels
 
     def ready(self, images: Tensor) -> Tensor:
         """Images as a split has them, normalised where they are bytes."""
         return self.normalise(images) if images.dtype == torch.uint8 else images
+
+    def samples_at(self, split: MapStyle, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """What `sample_at` gives for each index, asked for together where the split has torch's `__getitems__`."""
+        if not hasattr(split, "__getitems__"):
+            return [self.sample_at(split, index) for index in indices]
+        try:
+            samples = split.__getitems__(indices)
+        except OSError:
+            for index in indices:
+                self.sample_at(split, index)  # names the one that cannot be read
+            raise
+        if len(samples) != len(indices):
+            raise DataError(f"dataset: __getitems__ of {_kind(split)} gave {len(samples)} of {len(indices)} images.")
+        return [self._checked(split, *pair) for pair in zip(indices, samples, strict=True)]
 
     def sample_at(self, split: MapStyle, index: int) -> tuple[Tensor, int]:
         """The image, uint8 or float32 [C, H, W], and the label at `index` of a map-style split.
@@ -109,18 +123,23 @@ class Dataset:
         Raises:
             DataError: it cannot be read, or nothing can be trained on it.
         """
-        name = "training" if split is self.train else "test"
         try:
             sample = split[index]
         except OSError as error:
-            raise DataError(f"dataset: {name} image {index} cannot be read: {error}") from error
+            raise DataError(f"dataset: {self._name(split)} image {index} cannot be read: {error}") from error
+        return self._checked(split, index, sample)
+
+    def _name(self, split: MapStyle) -> str:
+        return "training" if split is self.train else "test"
+
+    def _checked(self, split: MapStyle, index: int, sample: Any) -> tuple[Tensor, int]:
         if problem := _wrong_sample(sample, len(self.classes)):
-            raise DataError(f"dataset: {name} image {index}: {problem}")
+            raise DataError(f"dataset: {self._name(split)} image {index}: {problem}")
         image, label = sample
         if tuple(image.shape) != self.input_shape:
             raise DataError(
-                f"dataset: {name} image {index} has shape {list(image.shape)}, the first training image "
-                f"{list(self.input_shape)}. All need the same: resize or crop them."
+                f"dataset: {self._name(split)} image {index} has shape {list(image.shape)}, the first training "
+                f"image {list(self.input_shape)}. All need the same: resize or crop them."
             )
         return image, int(label)
 

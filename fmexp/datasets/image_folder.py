@@ -164,6 +164,8 @@ class Pictures(torch.utils.data.Dataset[Any]):
     def _opened(self, index: int) -> Iterator[Image.Image]:
         path = self.root / os.fsdecode(self.files[index])
         try:
+            if not path.is_file():  # opening a pipe would wait for its other end
+                raise ValueError("is no file")
             with Image.open(path, formats=FORMATS) as picture:
                 yield picture
         except Exception as error:  # of many kinds: SyntaxError, struct.error, IndexError, for bytes that are damaged

@@ -5,7 +5,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from fmexp import rng
 from fmexp.datasets.dataset import Dataset, MapStyle, Split, stack
 from fmexp.errors import DataError
-from fmexp.process import block_signals, in_loading_process
+from fmexp.process import available_cores, block_signals, in_loading_process
 
 BLOCK = 2**21  # bytes of images that are normalised at once, to stay in a cache
 SMALL = 2**20  # bytes up to which a loaded tensor goes through a queue (measured: faster than shared memory to 3 MB)
+MOST = 8  # loading processes by default: more seldom pay, and each takes memory
 GRACE_S = 5  # how long a loading process may take to finish its batch, once nobody needs it
 # How loading processes are started. Named, for within joblib's worker processes the default is a method of joblib's.
 START = "fork" if sys.platform == "linux" else "spawn"
@@ -30,6 +31,9 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(rng.derive_seed(seed, "order", epoch)))
 
 
+Task = tuple[str, int, int, list[int]]  # which split, seed, epoch, the indices of a batch
+
+
 def batches(
     dataset: Dataset,
     split: Split | MapStyle,
@@ -37,16 +41,16 @@ def batches(
     batch_size: int,
     *,
     device: torch.device,
-    num_workers: int = 0,
+    workers: "Workers | None" = None,
     seed: tuple[int, int] = (0, 0),
     raw: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 [B, C, H, W], labels int64 [B]) on `device`, in the order of `indices`.
 
     Args:
-        num_workers: processes that load a map-style split.
-        seed: (seed, epoch). A map-style split's own randomness (augmentation) is seeded with these and the sample's
-            index, so that it does not depend on the workers or on where in the epoch one begins.
+        workers: the processes that load a map-style split; None: this one.
+        seed: (seed, epoch). A map-style split's own randomness (augmentation) is seeded with these and the first index
+            of a batch, so that it does not depend on the workers or on where in the epoch one begins.
         raw: give the images as the split has them, uint8 or float32, and do not normalise.
     """
     if isinstance(split, Split):
@@ -59,32 +63,31 @@ def batches(
             for pair in zip(images.split(batch_size), labels.split(batch_size), strict=True):
                 yield pair[0].detach(), pair[1].detach()  # else autograd knows them as views of one, not to be changed
         return
-    numbers = [chosen.tolist() for chosen in indices.split(batch_size)]
-    with _loaded(_Batches(dataset, split, *seed), numbers, num_workers, pin_memory=device.type == "cuda") as loaded:
-        for batch in loaded:
-            if isinstance(batch, DataError):
-                raise batch
-            images, labels = batch
-            images = images.to(device, non_blocking=True)
-            yield images if raw else dataset.ready(images), labels.to(device, non_blocking=True)
+    name = next(name for name, part in vars(dataset).items() if part is split)
+    tasks = [(name, *seed, chosen.tolist()) for chosen in indices.split(batch_size)]
+    loaded: Iterator[Any] = workers.load(tasks) if workers else map(_Batches(dataset).__getitem__, tasks)
+    for batch in loaded:
+        if isinstance(batch, DataError):
+            raise batch
+        images, labels = batch
+        images = images.to(device, non_blocking=True)
+        yield images if raw else dataset.ready(images), labels.to(device, non_blocking=True)
 
 
 class _Batches(torch.utils.data.Dataset[Any]):
-    """The batches of a map-style split, by the indices of their images; or what is wrong with one of these."""
+    """The batches of a dataset's map-style splits; or what is wrong with one of their images."""
 
-    def __init__(self, dataset: Dataset, split: MapStyle, seed: int, epoch: int) -> None:
-        self.dataset, self.split, self.seed, self.epoch = dataset, split, seed, epoch
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
 
-    def __getitem__(self, indices: list[int]) -> "tuple[Tensor, Tensor] | _Packed | DataError":
+    def __getitem__(self, task: Task) -> "tuple[Tensor, Tensor] | _Packed | DataError":
+        name, seed, epoch, indices = task
         try:
-            batch = stack([self._sample(index) for index in indices])
+            with rng.fork_cpu(rng.derive_seed(seed, "sample", epoch, indices[0])):
+                batch = stack(self.dataset.samples_at(getattr(self.dataset, name), indices))
             return batch if get_worker_info() is None else _Packed(batch)
         except DataError as error:  # returned, for torch would put a traceback into its message
             return error
-
-    def _sample(self, index: int) -> tuple[Tensor, int]:
-        with rng.fork(rng.derive_seed(self.seed, "sample", self.epoch, index)):
-            return self.dataset.sample_at(self.split, index)
 
 
 class _Packed:
@@ -113,49 +116,72 @@ def _unpack(content: bytes) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(part) for part in pickle.loads(content))  # of our own process's making
 
 
-@contextmanager
-def _loaded(batches: _Batches, numbers: list[list[int]], workers: int, *, pin_memory: bool) -> Iterator[Iterator[Any]]:
-    """The batches, one after another, loaded by processes where there are `workers`, which end with the block."""
-    if not workers:
-        yield map(batches.__getitem__, numbers)
-        return
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        generator=torch.Generator(),  # its own, so that starting an epoch takes nothing from the global one
-        pin_memory=pin_memory,
-        worker_init_fn=in_loading_process,
-        multiprocessing_context=START,
-    )
-    others = set(multiprocessing.active_children())
-    with block_signals():
-        started = iter(loader)
-    processes = set(multiprocessing.active_children()) - others
-    try:
-        yield started
-    finally:
-        _end(started, processes)
+class Workers:
+    """Processes that load a dataset's map-style splits. They start with the first pass and live until `close`.
 
+    One pass at a time: what is left of one that was not read to its end is dropped when the next begins.
 
-def _end(started: Any, processes: set[Any]) -> None:
-    """End loading processes: each finishes its batch; those that take longer than GRACE_S are killed.
-
-    Left to torch this would come as late as the end of the program, for a traceback keeps `started`; and then it waits
-    without a limit.
+    Args:
+        count: how many, or "auto": as many as this process may use cores, at most MOST. 0: this process loads.
     """
 
-    def kill() -> None:
-        for process in processes:
-            process.kill()
+    def __init__(self, dataset: Dataset, count: int | str, device: torch.device) -> None:
+        self.batches, self.pin_memory = _Batches(dataset), device.type == "cuda"
+        self.count = min(available_cores(), MOST) if count == "auto" else int(count)
+        self._tasks: list[Task] = []
+        self._loader: DataLoader[Any] | None = None
+        self._processes: set[Any] = set()
 
-    timer = threading.Timer(GRACE_S, kill)
-    timer.start()
-    with suppress(RuntimeError):  # of a killed one
-        started._shutdown_workers()  # an iterator of torch's has no public way to close it
-    timer.cancel()
-    kill()
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def load(self, tasks: list[Task]) -> Iterator[Any]:
+        """The batches, one after another, or what is wrong with one."""
+        if not self.count:
+            return map(self.batches.__getitem__, tasks)
+        self._tasks[:] = tasks
+        if self._loader:
+            return iter(self._loader)
+        self._loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=self.count,
+            persistent_workers=True,
+            generator=torch.Generator(),  # its own, so that starting takes nothing from the global one
+            pin_memory=self.pin_memory,
+            worker_init_fn=in_loading_process,
+            multiprocessing_context=START,
+        )
+        others = set(multiprocessing.active_children())
+        with block_signals():
+            started = iter(self._loader)
+        self._processes = set(multiprocessing.active_children()) - others
+        return started
+
+    def close(self) -> None:
+        """End the processes: each finishes its batch; those that take longer than GRACE_S are killed.
+
+        Left to torch this would come as late as the end of the program, for a traceback keeps its iterator; and then it
+        waits without a limit.
+        """
+        loader, self._loader = self._loader, None
+        if loader is None:
+            return
+
+        def kill() -> None:
+            for process in self._processes:
+                process.kill()
+
+        timer = threading.Timer(GRACE_S, kill)
+        timer.start()
+        with suppress(RuntimeError):  # of a killed one
+            loader._iterator._shutdown_workers()  # type: ignore[union-attr]  # torch has no public way
+        timer.cancel()
+        kill()
 
 
 def killed_worker(error: BaseException) -> DataError | None:

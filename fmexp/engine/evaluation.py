@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmexp.datasets import Dataset, MapStyle, Split, batches, length
+from fmexp.datasets import Dataset, MapStyle, Split, Workers, batches, length
 
 BATCH = 500  # images at once: large enough for full speed on a CPU, small enough for any memory
 
@@ -71,7 +71,7 @@ def evaluate(
     split: Split | MapStyle,
     *,
     device: torch.device,
-    num_workers: int = 0,
+    workers: Workers | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Evaluation:
     """Run the model (in the mode it is in) over a split of the dataset; the loss is the mean cross-entropy."""
@@ -79,7 +79,7 @@ def evaluate(
     probabilities, labels = torch.empty(count, len(dataset.classes)), torch.empty(count, dtype=torch.int64)
     losses = torch.empty(count, dtype=torch.float64)
     seen = 0
-    for images, targets in batches(dataset, split, torch.arange(count), BATCH, device=device, num_workers=num_workers):
+    for images, targets in batches(dataset, split, torch.arange(count), BATCH, device=device, workers=workers):
         logits, targets = model(images.to(memory_format=memory_format)).float().cpu(), targets.cpu()
         part = slice(seen, seen := seen + len(targets))
         probabilities[part], labels[part] = F.softmax(logits, 1), targets

@@ -37,7 +37,9 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
                 job = waiting.popleft()
             except IndexError:
                 break
-            executor = executors[slot] or ProcessPoolExecutor(1, new, _in_worker, (_environment(slot, workers),))
+            executor = executors[slot] or ProcessPoolExecutor(
+                1, new, _in_worker, (_environment(slot, workers), workers)
+            )
             executors[slot] = executor
             progress.started(job.folder)
             try:
@@ -102,13 +104,14 @@ def _run_in_worker(job: Job) -> None:
             os._exit(128 + signal.SIGTERM)
 
 
-def _in_worker(environment: dict[str, str]) -> None:
+def _in_worker(environment: dict[str, str], workers: int) -> None:
     """Prepare a worker process, before it imports torch, which reads the environment.
 
     It leaves the terminal's process group, so that Ctrl-C reaches the sweep alone, which then tells its workers; and it
     ends, as by a signal, when the sweep itself was killed.
     """
     os.environ.update(environment)
+    process.sharers = workers
     process.pause_gc()
     tqdm.set_lock(threading.RLock())  # its own, between processes, would be reported as a leak after a SIGKILL
     os.setpgrp()

@@ -184,8 +184,10 @@ def test_an_item_that_is_wrong_is_named_when_it_is_loaded(num_workers: int) -> N
     items = Items(ITEM, ITEM, (ITEM[0][:, 1:], 0))
     dataset = Dataset(items, GOOD, ["a", "b"])
     datasets.check(dataset)
-    batches = datasets.batches(dataset, items, torch.arange(3), 2, device=torch.device("cpu"), num_workers=num_workers)
-    with pytest.raises(DataError, match=r"training image 2 has shape \[3, 7, 8\]") as caught:
+    cpu = torch.device("cpu")
+    workers = datasets.Workers(dataset, num_workers, cpu)
+    batches = datasets.batches(dataset, items, torch.arange(3), 2, device=cpu, workers=workers)
+    with workers, pytest.raises(DataError, match=r"training image 2 has shape \[3, 7, 8\]") as caught:
         list(batches)
     assert "Traceback" not in str(caught.value)
 

@@ -180,9 +180,9 @@ def test_the_bits_do_not_depend_on_where_pictures_are_kept_or_on_workers(
     data, expected = keep(photos, cache=cache, **keys), keep(photos, cache="memory", **keys)
     assert isinstance(data.train, Split) == (cache != "none")
     for name in ("train", "test"):
-        for ours, theirs in zip(
-            everything(data, name, num_workers=num_workers), everything(expected, name), strict=True
-        ):
+        with datasets.Workers(data, num_workers, CPU) as workers:
+            found = everything(data, name, workers=workers)
+        for ours, theirs in zip(found, everything(expected, name), strict=True):
             assert torch.equal(ours, theirs)
 
 

@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
@@ -23,9 +23,10 @@ from PIL import Image
 from tools import SMALL, assert_same_weights, small, weights
 from torch import Tensor, nn
 
-from fmexp import datasets, execute, models
-from fmexp.datasets import Dataset, Split, loader
+from fmexp import datasets, execute, models, process
+from fmexp.datasets import Dataset, Split, Workers, loader
 from fmexp.errors import DataError
+from fmexp.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -93,8 +94,8 @@ def noisy_batches(num_workers: int, *, start: int = 0, seed: tuple[int, int] = (
     split = Noisy()
     dataset = Dataset(split, split, DIGITS)
     indices = datasets.order(*seed, len(split))[start:]
-    with untouched_random_state():
-        return list(datasets.batches(dataset, split, indices, 4, device=CPU, num_workers=num_workers, seed=seed))
+    with untouched_random_state(), Workers(dataset, num_workers, CPU) as workers:
+        return list(datasets.batches(dataset, split, indices, 4, device=CPU, workers=workers, seed=seed))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,8 @@ def test_a_map_style_split_is_loaded_in_order_and_augmented(noisy: list[tuple[Te
     assert len(noise.flatten().unique()) > 200  # of 252: no sample's noise is another's
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")  # on fewer cores
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
 @pytest.mark.parametrize("begun", [0, 3])
 def test_map_style_batches_do_not_depend_on_workers_or_on_where_one_begins(
     noisy: list[tuple[Tensor, Tensor]], num_workers: int, begun: int
@@ -198,13 +200,14 @@ def troubled(what: str) -> Dataset:
 def test_loading_processes_end_whatever_they_do(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "GRACE_S", 0.1)
     before, dataset = multiprocessing.active_children(), troubled(what)
-    batches = datasets.batches(dataset, dataset.train, torch.tensor([12, 1, 2, 3]), 2, device=CPU, num_workers=2)
+    workers = Workers(dataset, 2, CPU)
+    batches = datasets.batches(dataset, dataset.train, torch.tensor([12, 1, 2, 3]), 2, device=CPU, workers=workers)
     if what == "left":
         next(batches)
         assert len(multiprocessing.active_children()) == len(before) + 2
-        batches.close()
+        workers.close()
     else:
-        with pytest.raises((DataError, RuntimeError)) as caught:
+        with pytest.raises((DataError, RuntimeError)) as caught, workers:
             list(batches)
         said = str(datasets.killed_worker(caught.value) or caught.value)
         named = {"broken": ["training image 12", "identify"], "killed": ["was killed", "memory", "train.num_workers=0"]}
@@ -226,8 +229,94 @@ def test_a_batch_that_cannot_be_handed_over_is_told(
         monkeypatch.setattr(multiprocessing.util, "get_temp_dir", lambda: f"{tmp_path}/{'x' * 120}")
     monkeypatch.setattr(loader, "SMALL", 0)
     dataset = Dataset(Noisy(), Noisy(), DIGITS)
-    with pytest.raises(DataError, match=r"(?s)(No space|AF_UNIX).*/dev/shm.*TMPDIR.*train\.num_workers=0"):
-        list(datasets.batches(dataset, dataset.train, torch.arange(4), 2, device=CPU, num_workers=1))
+    match = r"(?s)(No space|AF_UNIX).*/dev/shm.*TMPDIR.*train\.num_workers=0"
+    with Workers(dataset, 1, CPU) as workers, pytest.raises(DataError, match=match):
+        list(datasets.batches(dataset, dataset.train, torch.arange(4), 2, device=CPU, workers=workers))
+
+
+def test_workers_live_from_pass_to_pass_and_forget_one_that_was_left(noisy: list[tuple[Tensor, Tensor]]) -> None:
+    """Also one of another split, and one that ended in an error."""
+    split, before = Noisy(), multiprocessing.active_children()
+    dataset, order = Dataset(split, Trouble("broken"), DIGITS), datasets.order(5, 1, 21)
+    with Workers(dataset, 2, CPU) as workers:
+        next(datasets.batches(dataset, split, order, 4, device=CPU, workers=workers, seed=(5, 0)))
+        processes = multiprocessing.active_children()
+        with pytest.raises(DataError, match="test image 12"):
+            list(datasets.batches(dataset, dataset.test, torch.tensor([12]), 4, device=CPU, workers=workers))
+        for _ in range(2):
+            found = datasets.batches(dataset, split, order, 4, device=CPU, workers=workers, seed=(5, 1))
+            assert_equal_batches(list(found), noisy)
+        assert len(processes) == len(before) + 2
+        assert multiprocessing.active_children() == processes
+    assert multiprocessing.active_children() == before
+
+
+class Together(Noisy):
+    """Gives several images at once, as torch's __getitems__ has it, or as many as it is told."""
+
+    def __init__(self, given: int | None = None) -> None:
+        self.given, self.asked = given, 0
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        self.asked += 1
+        return [self[index] for index in indices][: self.given]
+
+
+def test_images_are_asked_for_together_where_the_split_has_it(noisy: list[tuple[Tensor, Tensor]]) -> None:
+    split, order = Together(), datasets.order(5, 1, 21)
+    dataset = Dataset(split, Together(2), DIGITS)
+    assert_equal_batches(list(datasets.batches(dataset, split, order, 4, device=CPU, seed=(5, 1))), noisy)
+    assert split.asked == len(noisy)
+    with pytest.raises(DataError, match="gave 2 of 4 images"):
+        list(datasets.batches(dataset, dataset.test, order, 4, device=CPU))
+    broken = torch.utils.data.Subset(Trouble("broken"), range(21))
+    with Workers(Dataset(broken, broken, DIGITS), 1, CPU) as workers:
+        batches = datasets.batches(workers.batches.dataset, broken, torch.arange(21), 21, device=CPU, workers=workers)
+        with pytest.raises(DataError, match="training image 12 cannot be read"):
+            next(batches)
+
+
+class Sees(Loaded):
+    """Notes in $SEEN which process loads."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        (Path(os.environ["SEEN"]) / f"{len(self)}-{os.getpid()}").touch()
+        return super().__getitem__(index)
+
+
+def seen(**arguments: int) -> Dataset:
+    """The name is for YAML."""
+    made = loaded(**arguments)
+    return Dataset(*(Sees(split.dataset, split.split) for split in (made.train, made.test)), made.classes)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_has_the_same_workers_for_all_epochs_and_all_evaluations(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seen").mkdir()
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    before = multiprocessing.active_children()
+    own = small("dataset._target_=test_loader.seen", "train.num_workers=1", "train.epochs=3", "logging=light")
+    if fails:
+        monkeypatch.setattr(Trainer, "save", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        execute(own, tmp_path / "run")
+    loads = [entry.name.split("-") for entry in (tmp_path / "seen").iterdir()]
+    others = {split: {int(pid) for size, pid in loads if size == split} - {os.getpid()} for split in ("64", "40")}
+    assert [len(pids) for pids in others.values()] == [1, 1]
+    assert others["64"].isdisjoint(others["40"])
+    assert multiprocessing.active_children() == before
+
+
+@pytest.mark.parametrize(("cores", "sharers", "count"), [(1, 1, 1), (6, 1, 6), (64, 1, 8), (6, 2, 3), (2, 4, 1)])
+def test_by_default_there_are_as_many_workers_as_cores(
+    cores: int, sharers: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(process, "sharers", sharers)
+    dataset = Dataset(Noisy(), Noisy(), DIGITS)
+    assert Workers(dataset, small().train.num_workers, CPU).count == count
 
 
 def test_large_batches_are_the_same_through_shared_memory(

@@ -54,8 +54,10 @@ def become(request: dict[str, Any], cfg: Any) -> None:
     Its clock is set forward by as many seconds as the environment's RELIABILITY_CLOCK says.
     """
     import reliability_breaker
+    import reliability_parts
 
     from fmexp.cli import main as fmexp_main
+    from fmexp.datasets import image_folder
 
     status = 1
     now = time.time
@@ -69,6 +71,9 @@ def become(request: dict[str, Any], cfg: Any) -> None:
             os.dup2(source, target)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         logging.getLogger().handlers.clear()
+        if "RELIABILITY_LOADS" in os.environ:
+            for owner, name in ((reliability_parts.Augmented, "__getitem__"), (image_folder.Pictures, "pixels")):
+                setattr(owner, name, reliability_parts.deadly(getattr(owner, name)))
         if request["break"] is not None:
             reliability_breaker.install(**request["break"])
         sys.argv = ["python -m fmexp", *request["args"]]

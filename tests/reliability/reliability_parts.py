@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,22 @@ class Augmented(torch.utils.data.Dataset[Any]):
         return image + 0.05 * torch.randn(image.shape), int(self.labels[index])
 
 
+def deadly(load: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+    """Loading in which a process kills the run once it has loaded $RELIABILITY_LOADS images. Each is a file in the
+    folder $RELIABILITY_LOADERS."""
+    loaded = 0
+
+    def loads(self: Any, index: int) -> Any:
+        nonlocal loaded
+        loaded += 1
+        (Path(os.environ["RELIABILITY_LOADERS"]) / str(os.getpid())).touch()
+        if loaded == int(os.environ["RELIABILITY_LOADS"]):
+            os.kill(os.getpid() if torch.utils.data.get_worker_info() is None else os.getppid(), signal.SIGKILL)
+        return load(self, index)
+
+    return loads
+
+
 class Signalling(Augmented):
     """The first image that is loaded sends a signal, $RELIABILITY_SIGNAL, to all processes of the run, which waits."""
 
@@ -160,9 +176,10 @@ def signalling(**arguments: int) -> Dataset:
 
 
 def augmented(**arguments: int) -> Dataset:
-    """The drawn garments, with a training split of the map style."""
+    """The drawn garments, with splits of the map style, which are random in training and evaluation."""
     made = synthetic(**arguments)
-    return Dataset(Augmented(made.train.images, made.train.labels), made.test, made.classes, description="augmented")
+    splits = (Augmented(split.images, split.labels) for split in (made.train, made.test))
+    return Dataset(*splits, made.classes, description="augmented")
 
 
 def bad_metric(run: Run, *, value: str) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
-from program import default_signals, until
+from PIL import Image
+from program import alive, default_signals, until
 from reliability_tools import BARE, NO_STAGES, RICH, Driver, Ended, assert_same, environment
 
 from fmexp.rundir import checkpoint
@@ -61,6 +63,7 @@ class Victim:
     def __init__(self, driver: Driver, folder: Path, truth: Path, *args: str) -> None:
         self.driver, self.parent, self.truth, self.args = driver, folder, truth, args
         self.kills = self.runs = 0
+        self.but = ""  # a tag that may differ
         self.begin()
 
     def begin(self) -> None:
@@ -89,7 +92,7 @@ class Victim:
 
     def finished(self, ended: Ended) -> None:
         assert ended.code == 0, ended.output
-        assert_same(self.folder, self.truth)
+        assert_same(self.folder, self.truth, but=self.but)
 
 
 def test_fixed_points(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
@@ -195,6 +198,51 @@ def test_every_kind_of_moment(driver: Driver, truth: Callable[..., Path], tmp_pa
     victim.finish()
     print(f"{victim.kills} kills survived")
     assert victim.kills == len(patterns) > 70
+
+
+AUGMENTED = (*BARE, "dataset._target_=reliability_parts.augmented")
+PICTURES = (*BARE[4:], "dataset=image_folder", "dataset.image_size=16")
+LOADING = {  # what of the same run each process does in its own way
+    "map-style": ["train.num_workers=0", "train.num_workers=1", "train.num_workers=2", "train.num_workers=4"],
+    "pictures": ["dataset.cache=memory", "dataset.cache=disk", "dataset.cache=none",
+                 "dataset.cache=none train.num_workers=0", "dataset.cache=none train.num_workers=4"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOADING)
+def test_random_moments_while_images_are_loaded(
+    driver: Driver, truth: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    """By other numbers of processes each time, cached or not; none of them lives on."""
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32))
+    print(f"{SEED}={seed}")
+    chosen, loaders = random.Random(seed), tmp_path / "loaders"
+    loaders.mkdir()
+    args = AUGMENTED
+    if kind == "pictures":
+        draw_pictures(tmp_path / "pictures")
+        args = (*PICTURES, f"dataset.root={tmp_path / 'pictures'}", f"dataset.cache_dir={tmp_path / 'cache'}")
+    victim = Victim(driver, tmp_path, truth(*args, LOADING[kind][0]), *args)
+    victim.but = "config/text_summary"  # which says how it is loaded
+    while victim.kills < 15:
+        how, most = chosen.choice(LOADING[kind]).split(), chosen.choice((10, 40, 120))
+        loads = {"RELIABILITY_LOADS": str(chosen.randint(1, most)), "RELIABILITY_LOADERS": str(loaders)}
+        victim.count(driver.run(*args, *how, f"hydra.run.dir={victim.folder}", **loads))
+        pids = [int(entry.name) for entry in loaders.iterdir()]
+        until(lambda pids=pids: not any(map(alive, pids)), "a process that loads lives on")
+    victim.finish()
+    print(f"{victim.kills} kills survived by {victim.runs} runs")
+
+
+def draw_pictures(folder: Path) -> None:
+    """64 + 40 of two classes."""
+    for split, count in (("train", 64), ("test", 40)):
+        for number in range(count):
+            place = folder / split / "ab"[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (20, 18, 3), np.uint8)
+            Image.fromarray(pixels).save(place / f"{number}.png")
 
 
 def test_killed_from_outside(driver: Driver, tmp_path: Path) -> None:
