@@ -152,11 +152,12 @@ def _augmented(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         raise
     except Exception as error:
         raise CodeError(f"{name} cannot take a batch, {images.dtype} {list(images.shape)}: {error}") from error
-    if pixels.shape != images.shape or list(targets.shape) != allowed[targets.is_floating_point()]:
+    kept = pixels.shape == images.shape and pixels.dtype == torch.float32  # which bytes are once they are normalised
+    if not kept or list(targets.shape) != allowed[targets.is_floating_point()]:
         raise ConfigError(
-            f"{name} makes images {list(pixels.shape)} and labels {targets.dtype} {list(targets.shape)} of images "
-            f"{list(images.shape)}: images keep their shape, labels are numbers {allowed[0]} or "
-            f"probabilities {allowed[1]}."
+            f"{name} makes images {pixels.dtype} {list(pixels.shape)} and labels {targets.dtype} "
+            f"{list(targets.shape)} of images {images.dtype} {list(images.shape)}: images keep their shape, float32 "
+            f"stays so, and labels are numbers {allowed[0]} or probabilities {allowed[1]}."
         )
     try:
         run.loss(torch.zeros(len(images), classes, device=run.device), targets)

@@ -116,12 +116,17 @@ class Run:
         """The processes that load for evaluations; those of the training are the Trainer's, and load in between."""
         return datasets.Workers(self.dataset, self.cfg.train.num_workers, self.device)
 
+    @cached_property
+    def seed(self) -> int:
+        """`cfg.seed`, for OmegaConf is slow in a loop."""
+        return int(self.cfg.seed)
+
     @torch.no_grad()
     def augmented(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """A batch as a split has it to what the model is given at a step: augmented, and normalised float32."""
         raw = images.dtype == torch.uint8
         if self.augment is not None:
-            images, labels = self.augment(images, labels, datasets.augment.generator(self.cfg.seed, step))
+            images, labels = self.augment(images, labels, datasets.augment.generator(self.seed, step))
         return self.dataset.normalise(images) if raw else images, labels
 
     def forget_evaluations(self) -> None:

@@ -71,28 +71,27 @@ def random_erasing(
     """
     size = images.shape[2:]
     boxes = _boxes(len(images), size, p, scale, ratio, generator)
-    inside = [
-        (places >= first[:, None]) & (places < (first + length)[:, None])
+    rows, columns = (
+        ((places >= first[:, None]) & (places < (first + length)[:, None])).to(images.device, images.dtype)
         for places, first, length in zip(map(torch.arange, size), boxes[:2], boxes[2:], strict=True)
-    ]
-    kept = ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
-    return images * kept.to(images.device, images.dtype), labels  # ten times as fast on a CPU as masked_fill
+    )
+    return images * (1 - rows[:, None, :, None] * columns[:, None, None]), labels  # faster than masked_fill
 
 
 def _boxes(
     count: int, size: Sequence[int], p: float, scale: Sequence[float], ratio: Sequence[float], generator: Generator
 ) -> tuple[Tensor, ...]:
     """Top, left, height and width of what is erased, int64 [B]; the height is 0 where nothing is."""
-    tries = torch.rand(2, 10, count, generator=generator, dtype=torch.float64)
-    share, low, high = scale[0] + (scale[1] - scale[0]) * tries[0], math.log(ratio[0]), math.log(ratio[1])
-    area, aspect = share * size[0] * size[1], (low + (high - low) * tries[1]).exp()
-    heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    draws = torch.rand(23, count, generator=generator, dtype=torch.float64).numpy()  # which is faster with so few
+    share, low, high = scale[0] + (scale[1] - scale[0]) * draws[:10], math.log(ratio[0]), math.log(ratio[1])
+    area, aspect = share * size[0] * size[1], np.exp(low + (high - low) * draws[10:20])
+    heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (heights < size[0]) & (widths < size[1])
-    first = fits.byte().argmax(0, keepdim=True)
-    height, width = (sides.gather(0, first)[0].long() for sides in (heights, widths))
-    tops, lefts, chance = torch.rand(3, count, generator=generator, dtype=torch.float64)
-    top, left = (tops * (size[0] - height + 1)).long(), (lefts * (size[1] - width + 1)).long()
-    return top, left, height * (fits.any(0) & (chance < p)), width
+    first = fits.argmax(0), np.arange(count)
+    height, width = heights[first], widths[first]
+    top, left = draws[20] * (size[0] - height + 1), draws[21] * (size[1] - width + 1)
+    height = height * (fits[first] & (draws[22] < p))
+    return tuple(torch.from_numpy(values.astype(np.int64)) for values in (top, left, height, width))
 
 
 def mixup(images: Tensor, labels: Tensor, generator: Generator, *, alpha: float, num_classes: int) -> Batch:

@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from fmexp.datasets.dataset import Dataset, Split, check_file, hold_out, normalise
+from fmexp.datasets.dataset import Dataset, Split, check_file, hold_out
 from fmexp.errors import ConfigError, DataError, first_line
 from fmexp.process import available_cores, available_memory
 from fmexp.rundir import atomic

@@ -88,6 +88,8 @@ class GraphedStep:
         if not self.possible or len(labels) != self.batch_size:
             return self.step(images, labels)
         if self.graph:
+            if labels.dtype != self.labels.dtype:  # an augmentation that makes probabilities of some batches alone
+                return self.step(images, labels)
             self.replays += 1
             return self._replay(self.graph, images, labels)
         if self.wait:

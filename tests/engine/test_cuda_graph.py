@@ -94,6 +94,20 @@ def test_a_captured_run_is_the_plain_one_to_the_bit(
     assert lines(tmp_path / "graph", "WARNING") == []
 
 
+def test_labels_that_are_probabilities_in_some_batches_alone(both: Callable[..., CpuGraph], tmp_path: Path) -> None:
+    """Ten images of ten classes, for numbers [10] would be copied into probabilities [10, 10] without a word."""
+    recorder = both(*MLP, "augment._target_=test_cuda_graph.mix_often", "train.batch_size=10", "train.epochs=9")
+    ran = [read_events(tmp_path / name) for name in ("plain", "graph")]
+    assert scalars(ran[0], "train/loss") == scalars(ran[1], "train/loss")
+    assert 0 < recorder.replays < 54 - cuda_graph.WARM_UP
+
+
+def mix_often(images: Tensor, labels: Tensor, generator: torch.Generator, *, num_classes: int) -> tuple[Tensor, Tensor]:
+    if torch.rand((), generator=generator) < 0.5:
+        return images, labels
+    return datasets.augment.mixup(images, labels, generator, alpha=1.0, num_classes=num_classes)
+
+
 class Normed(nn.Sequential):
     """With statistics of batches, which are buffers, and random numbers."""
 
