@@ -248,7 +248,8 @@ BUILT = [
         "augment.crop_flip cannot be built", "'foo'", "Its arguments are padding, flip."),
     bad("augment=chain augment.order=[crop_flip,blur]", "augment.order has blur", "crop_flip, trivial_augment"),
     bad("augment._target_=wrong.halved", "augment._target_=wrong.halved makes images torch.float32 [4, 1, 14, 28] and "
-        "labels torch.int64 [4] of images torch.uint8 [4, 1, 28, 28]", "labels are numbers [4] or probabilities [4, 10]"),
+        "labels torch.int64 [4] of images torch.uint8 [4, 1, 28, 28]",
+        "labels are numbers [4] or probabilities [4, 10]"),
     bad("+logging.foo=1", "logging._target_=torch.utils.tensorboard.SummaryWriter cannot be built", "'foo'",
         "flush_secs, filename_suffix"),
 ]  # fmt: skip
