@@ -110,7 +110,7 @@ def test_wheel_says_what_it_is_and_needs(installed: Installed, metadata: Message
     assert license_file.read_text().startswith("MIT License")
     assert metadata.get_payload() == (CHECKOUT / "README.md").read_text()
     needed = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    names = {"filelock>=3.31", "matplotlib", "numpy", "omegaconf", "tensorboard", "torch", "torchvision", "tqdm"}
+    names = {"filelock>=3.31", "matplotlib", "numpy>=1.24", "omegaconf", "tensorboard", "torch", "torchvision", "tqdm"}
     assert names <= needed
     assert "hydra-core<1.5,>=1.3.8" in needed
     assert {"sweep", "optuna", "browser", "test", "dev"} <= set(metadata.get_all("Provides-Extra", []))
