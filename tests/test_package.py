@@ -110,7 +110,7 @@ def test_wheel_says_what_it_is_and_needs(installed: Installed, metadata: Message
     assert license_file.read_text().startswith("MIT License")
     assert metadata.get_payload() == (CHECKOUT / "README.md").read_text()
     needed = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    names = {"filelock>=3.31", "matplotlib", "numpy", "omegaconf", "pillow>=10.1", "protobuf", "pyyaml",
+    names = {"filelock>=3.31", "matplotlib", "numpy>=1.24", "omegaconf", "pillow>=10.1", "protobuf", "pyyaml",
              "tensorboard", "torch", "torchvision", "tqdm"}  # fmt: skip
     assert names <= needed
     assert "hydra-core<1.5,>=1.3.8" in needed
