@@ -19,10 +19,10 @@ from omegaconf import DictConfig, ListConfig
 import fmexp
 from fmexp import config, datasets, rng
 from fmexp.build import build, target
-from fmexp.errors import FmexpError
+from fmexp.errors import FmexpError, printable
 from fmexp.process import Stop
 from fmexp.run import Run, total_steps
-from fmexp.rundir import atomic, checkpoint, hparams, layout, tensorboard
+from fmexp.rundir import atomic, checkpoint, hparams, layout, results, tensorboard
 from fmexp.rundir.atomic import disk_full
 from fmexp.trainer import DivergedError, Trainer
 
@@ -207,7 +207,7 @@ def versions() -> dict[str, str]:
 
 def shown(path: Path) -> str:
     """A path as one would type it here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return printable(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _logdir(output_dir: Path) -> str:
@@ -220,13 +220,13 @@ def _finished(output_dir: Path) -> float | None:
     result = layout.read_result(output_dir)
     if not result or result.get("status") not in ("complete", "diverged"):
         return None
-    objective = result.get("objective")
-    if not isinstance(objective, int | float | None):
+    if results.status(output_dir) != result["status"]:
         log.warning("%s is damaged, and the run counts as not ended", output_dir / layout.RESULT)
         return None
     with suppress(OSError):  # a folder that may only be read
         checkpoint.discard(output_dir)  # if the process was killed just before it did so itself
     log.info("%s is %s already; nothing is trained", shown(output_dir), result["status"])
+    objective = result.get("objective")
     return math.nan if objective is None else float(objective)
 
 

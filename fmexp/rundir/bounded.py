@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 
 from fmexp.errors import FmexpError, first_line, printable
 
-MOST_JSON, MOST_YAML = 2**24, 2**20  # bytes; reading YAML takes some seconds a MiB, and a run's has a few KiB
+MOST_JSON, MOST_YAML = 2**24, 2**20  # bytes
+DEEPEST, MOST_NODES, MOST_SCALAR, MOST_INTERPOLATIONS = 100, 50_000, 2**16, 500  # of YAML, which is slow to read
+_Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without libyaml
 TAIL = 2**16  # bytes of a log that are looked at
 
 
@@ -60,9 +62,7 @@ def read_yaml(path: Path) -> Any:
     """
     text = _read_text(path, MOST_YAML)
     try:
-        # A few lines of references to references may stand for any amount of data. A run writes none.
-        if "&" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has references")
+        _check_bounds(text)
         return OmegaConf.to_container(OmegaConf.create(text))  # floats such as 1e-3 are text for yaml.safe_load
     except Exception as error:  # whatever a damaged file makes a YAML reader raise
         raise FmexpError(f"{path} is damaged: {first_line(error)}. Move it away to go on.") from error
@@ -87,6 +87,19 @@ def check_regular(path: Path) -> None:
     """Raise FmexpError where something else than a file is in a file's place."""
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise FmexpError(f"{path} is no file, where a run has one. Move it away, or name another folder.")
+
+
+def _check_bounds(text: str) -> None:
+    """Raise ValueError for YAML that would keep its reader busy: a few KiB of it can do so for minutes."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, _Parser)):
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for any amount of data; a run writes none
+            raise ValueError("it has references")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or number > MOST_NODES or len(getattr(event, "value", "")) > MOST_SCALAR:
+            raise ValueError("it is deeper or longer than what a run writes")
+    if text.count("${") > MOST_INTERPOLATIONS:
+        raise ValueError("it has too many interpolations")
 
 
 def _read_text(path: Path, most: int) -> str:

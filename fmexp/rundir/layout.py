@@ -56,8 +56,8 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has written its configuration there."""
-    return (folder / CONFIG).is_file()
+    """Whether a run has written its configuration there; not where one may not look."""
+    return os.path.isfile(folder / CONFIG)
 
 
 def check_no_run(root: Path) -> None:
@@ -69,11 +69,16 @@ def check_no_run(root: Path) -> None:
         )
 
 
-def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
-    """Raise ConfigError where the folder holds another run than the resolved configuration `tree`, and FmexpError where
-    a link, a pipe or a folder is in the place of one of a run's files."""
+def check_files(folder: Path) -> None:
+    """Raise FmexpError where a link, a pipe or a folder is in the place of one of a run's files."""
     for name in FILES:
         bounded.check_regular(folder / name)
+
+
+def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
+    """Raise ConfigError where the folder holds another run than the resolved configuration `tree`, and FmexpError as
+    `check_files` does."""
+    check_files(folder)
     if not holds_run(folder):
         return
     if not resume:
@@ -142,7 +147,11 @@ def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], 
     """Note in a sweep member's folder that it failed before, or without, a word of its own.
 
     A folder that another process is running in, or that holds another run, or one that is complete, is left as it is.
+
+    Raises:
+        FmexpError: as `check_files`.
     """
+    check_files(folder)
     if is_locked(folder) or (holds_run(folder) and digest(folder) != config.digest(tree)):
         return
     known = read_result(folder) or {}

@@ -77,7 +77,7 @@ class Result:
         try:
             return {tag: [(step, Image.open(io.BytesIO(png), formats=["PNG"])) for step, png in found]
                     for tag, found in encoded.items()}  # fmt: skip
-        except (OSError, Image.DecompressionBombError) as error:
+        except Exception as error:  # whatever a damaged picture makes PIL raise
             raise FmexpError(f"{self.folder.absolute()}: a picture of its event files is no PNG: {error}") from error
 
     @cached_property
@@ -107,6 +107,21 @@ def read(folder_of_run: str | Path) -> Result:
             f"{path.absolute()} holds no run: it {problem}. Name the folder of one run, such as runs/<date>/<time>; "
             "fmexp.sweep.read reads the members of a sweep."
         )
+    return _read(path)
+
+
+def status(path: Path) -> str:
+    """What became of the run in a folder: complete, diverged, failed, running or interrupted.
+
+    It is interrupted, too, where no run has written its result.json: the same command goes on with it.
+    """
+    try:
+        return _read(path).status
+    except FmexpError:
+        return "interrupted"
+
+
+def _read(path: Path) -> Result:
     word, content = _status(path)
     if word not in STATUSES:
         raise FmexpError(f"{path.absolute() / layout.RESULT} is damaged: status {word}. Move it away to go on.")
@@ -127,11 +142,6 @@ def read(folder_of_run: str | Path) -> Result:
         )
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise FmexpError(f"{path.absolute() / layout.RESULT} is damaged: {error}. Move it away to go on.") from error
-
-
-def status(path: Path) -> str:
-    """What became of the run in a folder: complete, diverged, failed, running or interrupted."""
-    return _status(path)[0]
 
 
 def _status(path: Path) -> tuple[str, dict[str, Any]]:

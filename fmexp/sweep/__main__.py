@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fmexp import process
+from fmexp.errors import printable
 from fmexp.rundir import layout
 from fmexp.sweep.members import member_folders
 from fmexp.sweep.report import conclude
@@ -28,7 +29,7 @@ def main() -> None:
     if not member_folders(root):
         deeper = sorted({str(path.parents[2]) for path in root.glob(f"*/*/**/{layout.CONFIG}")})
         hint = f" There are runs in {', '.join(deeper[:3])}." if deeper else ""
-        sys.exit(f"No folder in {root} holds a run.{hint}")
+        sys.exit(printable(f"No folder in {root} holds a run.{hint}"))
     try:
         print(conclude(root))
         process.require_output()

@@ -17,7 +17,7 @@ import numpy as np
 from fmexp import config
 from fmexp.config import maximised
 from fmexp.rundir import layout
-from fmexp.sweep.figure_data import Key, Picture, curve, read
+from fmexp.sweep.figure_data import Key, Picture, curve, plain, read
 from fmexp.sweep.members import Member, folder_number
 
 STYLE = {
@@ -104,7 +104,7 @@ def _draw_lines(axis: Any, picture: Picture, of_panel: dict[str, str]) -> None:
         _label_axis(axis, main)
     else:
         axis.set_xlim(-0.5, 0.5)
-        axis.set_xticks([0], [f"{picture.seeds} seeds" if picture.seeds > 1 else picture.best.members[0].name])
+        axis.set_xticks([0], [f"{picture.seeds} seeds" if picture.seeds > 1 else plain(picture.best.members[0].name)])
 
 
 def _draw_slices(picture: Picture) -> Any:
@@ -180,7 +180,7 @@ def draw_curves(axis: Any, picture: Picture) -> None:
         axis.set_yscale("log")
         axis.set_ylim(bottom=0.7 * min(ends))  # a band may reach below 0
     axis.set_xlabel("step")
-    axis.set_ylabel(picture.tag)
+    axis.set_ylabel(plain(picture.tag))
     if main:
         _name_colors(axis, main, dashed)
 
@@ -212,7 +212,7 @@ def _title(figure: Any, picture: Picture) -> Any:
     """Say what was trained, how many members there are, and which is the best."""
     chosen = config.hparams(layout.read_config(picture.members[0].folder))
     varied = {key.name for key in picture.keys}
-    fixed = [str(chosen[group]) for group in ("model", "dataset", "optimizer") if group in chosen.keys() - set(varied)]
+    fixed = [plain(chosen[name]) for name in ("model", "dataset", "optimizer") if name in chosen.keys() - varied]
     scored = sum(len(one.members) for one in picture.combinations)
     count = f"{scored} trials" if picture.search else f"{scored} members"
     if without := len(picture.members) - scored:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -90,7 +91,10 @@ class Picture:
 def read(root: Path, members: Sequence[Member]) -> Picture:
     """What a sweep's picture shows."""
     varied, groups = group_by_keys(members)
-    combinations = [Combination(dict(zip(varied, values, strict=True)), group) for values, group in groups.items()]
+    varied = list(map(plain, varied))
+    combinations = [
+        Combination(dict(zip(varied, map(plain, values), strict=True)), group) for values, group in groups.items()
+    ]
     search = (root / "optuna.db").is_file()
     importance, log = _study(root) if search else ({}, {})
     keys = [Key(name, [one.values[name] for one in combinations], log.get(name)) for name in varied if combinations]
@@ -104,8 +108,13 @@ def read(root: Path, members: Sequence[Member]) -> Picture:
     first = layout.read_config(members[0].folder)
     ordered = [main, *rest] if main else []
     return Picture(
-        list(members), str(first["objective"]), str(first["train"]["tag"]), combinations, ordered, search, importance
+        list(members), plain(first["objective"]), str(first["train"]["tag"]), combinations, ordered, search, importance
     )
+
+
+def plain(text: object) -> str:
+    """A text that Matplotlib takes for no formula."""
+    return str(text).replace("$", r"\$")
 
 
 def spread_by_factors(values: Sequence[float]) -> bool:
@@ -164,7 +173,9 @@ def _study(root: Path) -> tuple[dict[str, float], dict[str, bool]]:
         warnings.simplefilter("ignore")  # the evaluator is new
         import optuna
 
-        study = optuna.load_study(study_name="fmexp", storage=f"sqlite:///{root / 'optuna.db'}")
+        bounded.check_regular(root / "optuna.db")
+        storage = f"sqlite:///file:{quote(str(root / 'optuna.db'))}?mode=ro&uri=true"  # else it is written to
+        study = optuna.load_study(study_name="fmexp", storage=storage)
         trials = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
         for trial in trials:
             log |= {name.lstrip("+~"): how.log for name, how in trial.distributions.items() if hasattr(how, "log")}

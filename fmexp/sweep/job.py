@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fmexp import process
+from fmexp.errors import FmexpError, printable
 from fmexp.process import block_signals
 from fmexp.rundir import layout
 from fmexp.rundir.atomic import disk_full
@@ -126,8 +127,8 @@ def _run(job: Job) -> None:
             raise full from None  # what is to come could not be written either
         if layout.read_result(job.folder) == before:  # it failed before the run could say so itself
             details = "".join(traceback.format_exception(error)).strip() if error.__cause__ else str(error)
-            log.error("%s: %s", job.folder.name, details)
-            with suppress(PermissionError):  # a folder of another user costs this member alone
+            log.error("%s: %s", printable(job.folder.name), details)
+            with suppress(PermissionError, FmexpError):  # a folder of another user costs this member alone
                 layout.write_failure(job.folder, job.tree, job.overrides, str(error), details)
 
 

@@ -5,7 +5,6 @@ sweep's folder by its configuration, and then skipped, resumed or trained; what 
 """
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from fmexp import config
 from fmexp.config.overrides import resume_command, split, varied_keys
 from fmexp.config.plugin_options import checked
-from fmexp.errors import FmexpError
+from fmexp.errors import FmexpError, printable
 from fmexp.process import available_cores
 from fmexp.rundir import atomic, layout, results
 from fmexp.rundir.atomic import disk_full
@@ -168,18 +167,22 @@ def _plan_table(members: list[Job]) -> str:
     varied = varied_keys([member.overrides for member in members])
     rows = [["member", *varied, "action", "folder"]]
     for member in members:
-        values = split(member.overrides)
-        rows.append([str(member.number), *(values.get(key, "") for key in varied), member.action, member.folder.name])
+        values, name = split(member.overrides), printable(member.folder.name)
+        rows.append([str(member.number), *(values.get(key, "") for key in varied), member.action, name])
     return f"{aligned(rows)}\n\n{len(members)} members: {_counts(members)}. Nothing was written."
 
 
 def _outcome(job: Job) -> JobReturn:
     """What came of a member, for the sweeper, from its folder."""
-    result = layout.read_result(job.folder) or {}
     done = JobReturn(overrides=job.overrides, working_dir=str(job.folder), status=JobStatus.COMPLETED)
-    if result.get("status") in ("complete", "diverged"):
-        done.return_value = math.nan if result["objective"] is None else result["objective"]
-    else:
-        done.status = JobStatus.FAILED
-        done.return_value = FmexpError(f"{job.folder.name}: {result.get('error', 'not executed')}")
+    try:
+        result = results.read(job.folder)
+        if result.status in ("complete", "diverged"):
+            done.return_value = result.objective
+            return done
+        problem = result.error or "not executed"
+    except FmexpError as error:
+        problem = str(error)
+    done.status = JobStatus.FAILED
+    done.return_value = FmexpError(f"{job.folder.name}: {problem}")
     return done

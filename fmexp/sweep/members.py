@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmexp.config import maximised
+from fmexp.config import hparams, maximised
 from fmexp.config.overrides import quote, split, varied_keys
 from fmexp.errors import FmexpError, first_line, printable
 from fmexp.rundir import bounded, layout, results
@@ -42,7 +43,7 @@ def read(root: str | Path) -> list[Member]:
         try:
             if not members:
                 first = layout.read_config(path)  # which speaks for all
-                _ = first["objective"], first["train"]["tag"]
+                _ = first["objective"], first["train"]["tag"], hparams(first)
             members.append(_read_member(path))
         except Exception as error:  # whatever a damaged file makes a reader raise
             name = printable(str(path.absolute()))
@@ -66,10 +67,11 @@ def by_digest(root: Path) -> dict[str, list[Path]]:
     found = defaultdict(list)
     for path in sorted(member_folders(root), key=folder_number):
         try:
+            layout.check_files(path)
             found[layout.digest(path)].append(path)
         except Exception as error:  # whatever a damaged file makes a YAML reader raise
             name = printable(str(path))
-            log.warning("%s: its configuration cannot be read, so it is left alone: %s", name, first_line(error))
+            log.warning("%s: it cannot be gone on with, and is left alone: %s", name, first_line(error))
     return found
 
 
@@ -125,17 +127,20 @@ def member_folders(root: Path) -> list[Path]:
 def folder_number(path: Path) -> tuple[int, str]:
     """What the folders of members are sorted by: their number, and their name."""
     head = path.name.split("_")[0]
-    return int(head) if head.isdigit() else -1, path.name
+    return int(head) if head.isdecimal() else -1, path.name
 
 
 def _is_free(path: Path, digest: str) -> bool:
-    if not path.exists():
+    if not os.path.lexists(path):
         return True
     left = {layout.LOCK, layout.OWNER, "fmexp.log", ".hydra"}
-    # In this order, for a second sweep's run writes its configuration before all else.
-    if {entry.name for entry in path.iterdir()} <= left and not layout.holds_run(path):
-        return True
-    return path in by_digest(path.parent).get(digest, ())
+    with suppress(Exception):  # whatever a damaged file makes a reader raise
+        layout.check_files(path)
+        # In this order, for a second sweep's run writes its configuration before all else.
+        if {entry.name for entry in path.iterdir()} <= left and not layout.holds_run(path):
+            return True
+        return layout.digest(path) == digest
+    return False
 
 
 def _read_member(path: Path) -> Member:

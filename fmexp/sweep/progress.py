@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fmexp.config import maximised
+from fmexp.errors import FmexpError, printable
 from fmexp.rundir import bounded, layout, results
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,10 @@ class Progress:
             self.running.discard(path)
             if not layout.holds_run(path):
                 return
-            result = results.read(path)
+            try:
+                result = results.read(path)
+            except FmexpError as error:
+                return self.say(str(error), logging.ERROR)
             self._note(result)
             self.say(self._line(result), logging.ERROR if result.status == "failed" else logging.INFO)
             self._show()
@@ -118,7 +122,7 @@ class Progress:
         """Log a line, above the bar."""
         above: AbstractContextManager[Any] = tqdm.external_write_mode() if self._bar is not None else nullcontext()
         with self._lock, above:
-            log.log(level, words)
+            log.log(level, printable(words))
 
     def _note(self, result: results.Result) -> None:
         self.members[result.folder] = result.status if result.status in ENDED else ""
@@ -152,7 +156,7 @@ class Progress:
         failed = sum(status == "failed" for status in self.members.values())
         words = [f"{failed} failed"] if failed else []
         if self.best is not None:
-            words.append(f"best {self.best.objective:.4f} ({self.best.folder.name[:24]})")
+            words.append(f"best {self.best.objective:.4f} ({printable(self.best.folder.name)[:24]})")
         if self._bar is not None:
             self._bar.n = self.ended_members
             self._bar.set_postfix_str(", ".join(words))

@@ -71,7 +71,7 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     for column in columns.experiment.hparam_infos:  # TensorBoard shows five at first, those that differ before others
         column.differs = len(values[column.name]) > 1
     plugin_data.content = columns.SerializeToString()
-    _write_events(root, [summary])
+    _write_events(root.resolve(), [summary])  # the sweep's folder itself may be named by a link
 
 
 def table(root: Path, members: Sequence[Member], digits: int | None = 4) -> list[list[str]]:
@@ -233,7 +233,7 @@ def _write_events(path: Path, summaries: Sequence[Any]) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    if layout.holds_run(path) or path.is_symlink():  # a run of that name, or another's folder
+    if layout.holds_run(path) or path.is_symlink() or path.is_file():  # a run of that name, or another's
         log.warning("%s is not the sweep's own, and is left alone", printable(str(path)))
         return
     path.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tools import small
 
 import fmexp
@@ -60,7 +61,12 @@ def test_only_a_file_is_opened(make: Callable[[Path], Any], read: Callable[[Path
         (bounded.read_json, "1" * 10_000, "is damaged: Exceeds the limit"),
         (bounded.read_json, "{", "is damaged: Expecting property name"),
         (bounded.read_json, " " * (bounded.MOST_JSON + 1), "has more than 16,777,216 bytes"),
-        (bounded.read_yaml, DEEP, "is damaged: maximum recursion"),
+        (bounded.read_yaml, DEEP, "is damaged: "),
+        (bounded.read_yaml, "&a " + DEEP, "is damaged: "),
+        (bounded.read_yaml, "[" * 200 + "]" * 200, "is deeper or longer than what a run writes"),
+        (bounded.read_yaml, f"[{'1,' * 100_000}]", "is deeper or longer than what a run writes"),
+        (bounded.read_yaml, "59:" * 100_000 + "59", "is deeper or longer than what a run writes"),
+        (bounded.read_yaml, f"'{'${' * 10_000}'", "has too many interpolations"),
         (bounded.read_yaml, BOMB, "is damaged: it has references"),
         (bounded.read_yaml, "a: [", "is damaged: "),
         (bounded.read_yaml, "!!python/object/apply:os.getpid []", "is damaged: could not determine a constructor"),
@@ -96,20 +102,29 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(form: str) -> bytes:
+def picture(form: str, **info: Any) -> bytes:
     content = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(content, form)
+    Image.new("RGB", (4, 4)).save(content, form, **info)
     return content.getvalue()
 
 
-def test_pictures_are_png_alone(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+BLOATED = PngInfo()
+BLOATED.add_text("a", "x" * 3_000_000, zip=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(picture("GIF"), "cannot identify"), (picture("PNG", pnginfo=BLOATED), "Decompressed data")],
+    ids=["GIF", "bloated"],
+)
+def test_pictures_are_png_alone(content: bytes, said: str, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing import event_accumulator
 
     (first,) = (image for _, image in fmexp.read(done).images["view/images"])
     assert first.format == "PNG"
-    event = event_accumulator.ImageEvent(0, 0, picture("GIF"), 4, 4)
+    event = event_accumulator.ImageEvent(0, 0, content, 4, 4)
     monkeypatch.setattr(event_accumulator.EventAccumulator, "Images", lambda self, tag: [event])
-    with pytest.raises(FmexpError, match="a picture of its event files is no PNG: cannot identify"):
+    with pytest.raises(FmexpError, match=f"a picture of its event files is no PNG: {said}"):
         _ = fmexp.read(done).images
 
 

@@ -10,15 +10,19 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import program
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from sweep_tools import SMALL, fabricate, result
 from tools import small
 
 import fmexp
 from fmexp import execute, sweep
+from fmexp.config import resolved
 from fmexp.errors import FmexpError
 from fmexp.rundir import layout
+from fmexp.sweep import report
 
 ESCAPE, SECRET = "\x1b[2J\x1b]0;title\x07", "it is secret"
 TEXTS = {
@@ -35,6 +39,8 @@ TEXTS = {
     "failed": b'{"status": "failed", "error": "\\u001b[2J\\u202e", "metrics": {"\\u001b[2J": 1, "a": NaN}}',
     "event": b"\xff" * 8 + b"\0" * 40,
     "config": b"objective: ${oc.env:SECRET}\ntrain: {tag: 3}\n",
+    "foreign config": b"{objective: [1], train: {tag: 1}, dataset: 1, model: {_target_: 3}, optimizer: null}",
+    "formula": rb"['a=$\frac$', b=1e400]",
 }
 FILES = (
     ".hydra/config.yaml",
@@ -57,6 +63,8 @@ def harm(folder: Path, file: str, how: str) -> None:
         path.mkdir()
     elif how == "link":
         path.symlink_to(folder.parent / "outside")
+    elif how == "link outside":
+        path.symlink_to(folder.parents[1] / "outside")
     elif how == "loop":
         path.symlink_to(path)
     elif how in TEXTS:
@@ -65,7 +73,7 @@ def harm(folder: Path, file: str, how: str) -> None:
 
 HOW = st.sampled_from(["nothing", "pipe", "folder", "link", "loop", *TEXTS])
 HARMS = st.dictionaries(st.tuples(st.integers(0, 2), st.sampled_from(FILES)), HOW, min_size=1, max_size=4)
-NAMES = st.sampled_from(["0_lr-0.1", "1", f"2_{ESCAPE}", "3_\udcff", "summary", "=4", "5 of mine\n"])
+NAMES = st.sampled_from(["0_lr-0.1", "1", f"2_{ESCAPE}", "3_\udcff", "summary", "=4", "5 of mine\n", "²", r"6_$\frac$"])
 OWN = {"sweep.csv", "replicates.csv", "sweep.png", "sweep.svg"}
 
 
@@ -150,3 +158,97 @@ def test_any_folder_is_read_as_data(
             assert SECRET not in "".join(said) + caplog.text
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "how"),
+    [
+        ("0_a", ".hydra/overrides.yaml", "formula"),
+        ("²", "", ""),
+        (r"0_$\frac$", "", ""),
+        ("0_a", ".hydra/config.yaml", "foreign config"),
+        ("0_a", "../optuna.db", "empty"),
+        ("0_a", "../optuna.db", "link outside"),
+    ],
+)
+def test_one_odd_member_does_not_cost_the_table(name: str, file: str, how: str, tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    fabricate(root, 0, {"a": 1}, 0.5).rename(root / name)
+    fabricate(root, 1, {"a": 2}, 0.75)
+    outside.touch()
+    if how:
+        harm(root / name, file, how)
+    before = content(root)
+    assert "0.7500" in sweep.conclude(root)
+    assert content(root) == before
+    assert outside.read_bytes() == b""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of two members that has ended."""
+    root = tmp_path_factory.mktemp("swept") / "sweep"
+    assert program.call("-m", *SMALL, "seed=0,1", f"hydra.sweep.dir={root}", cwd=root.parent).status == 0
+    return root
+
+
+ODD = [("fmexp.log", "pipe"), ("fmexp.log", "link"), ("result.json", "folder"), ("result.json", "link"),
+       (".hydra/config.yaml", "pipe")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "how"), ODD)
+def test_a_sweep_goes_on_beside_an_odd_member(file: str, how: str, swept: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(swept, tmp_path / "sweep")
+    (root / "outside").write_text("not of a run")
+    harm(root / "0_seed-0", file, how)
+    before = content(root / "0_seed-0")
+    with no_hang():
+        done = program.call("-m", *SMALL, "seed=0,1", f"hydra.sweep.dir={root}", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert result(root / "0_seed-0_2")["objective"] == result(swept / "0_seed-0")["objective"]
+    assert content(root / "0_seed-0") == before
+    assert (root / "outside").read_text() == "not of a run"
+
+
+@pytest.mark.parametrize(
+    ("content", "trained"),
+    [
+        (TEXTS["wrong types"], True),
+        (b'{"status": "complete", "objective": "best"}', True),
+        (b'{"status": "complete"}', False),
+    ],
+    ids=["wrong types", "best", "no objective"],
+)
+def test_a_sweep_goes_on_beside_a_result_that_no_run_has_written(
+    content: bytes, trained: bool, swept: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(swept, tmp_path / "sweep")
+    (root / "0_seed-0" / "result.json").write_bytes(content)
+    done = program.call("-m", *SMALL, "seed=0,1", f"hydra.sweep.dir={root}", cwd=tmp_path)
+    assert done.status == 0, done.err
+    expected = result(swept / "0_seed-0")["objective"] if trained else None
+    assert result(root / "0_seed-0").get("objective") == expected
+
+
+def test_a_folder_that_one_may_not_look_into_is_left_out() -> None:
+    with tempfile.TemporaryDirectory() as made:  # tmp_path is closed to other users
+        root, user = Path(made), os.geteuid()
+        closed = fabricate(root, 0, {"a": 1}, 0.5) / ".hydra"
+        fabricate(root, 1, {"a": 2}, 0.75)
+        root.chmod(0o755)
+        closed.chmod(0)
+        if user == 0:  # who may look anywhere
+            os.seteuid(65534)
+        try:
+            assert [member.objective for member in sweep.read(root)] == [0.75]
+        finally:
+            os.seteuid(user)
+            closed.chmod(0o755)
+
+
+def test_a_sweep_may_lie_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "sweep").symlink_to(tmp_path / "disk")
+    report.begin(tmp_path / "sweep", {tmp_path / "sweep" / "0": resolved(small())})
+    (columns,) = (tmp_path / "disk").iterdir()
+    assert columns.name.endswith(".sweep")
