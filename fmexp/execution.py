@@ -107,7 +107,8 @@ class _Execution:
             with run.backend.applied():
                 if not state:
                     hparams.write_hparams(run.writer, self.output_dir, self.tree)
-                    run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{text}```", 0)
+                    about = config.printable(run.dataset.description)  # which names a folder
+                    run.writer.add_text("config", f"{about}\n\n```yaml\n{text}```", 0)
                     run.run_stages("start")
                 else:  # as the last thing before training, so that nothing draws from it in between
                     rng.set_state(state["random"])

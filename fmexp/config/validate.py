@@ -33,6 +33,10 @@ def check(cfg: DictConfig) -> None:
         for group in ("dataset", "model", "optimizer", "logging"):
             check_target(group, cfg[group])
         _check_own_keys(cfg.dataset)
+        for key, value, _ in _limited_values(cfg, ""):
+            for one in value if OmegaConf.is_list(value) else [value]:
+                if isinstance(one, str) and (problem := no_text(one)):
+                    raise ConfigError(f"{key}={printable(one)} {problem}. Name another.")
         for name, stage in cfg.stage.items():
             _check_stage(f"stage.{name}", stage)
         check_limits(cfg)
@@ -68,11 +72,10 @@ def output_folder(cfg: DictConfig, key: str) -> Path:
     """
     hydra, name = cfg.hydra, OmegaConf.select(cfg, key)
     path = os.path.abspath(str(name))
-    problem = "holds ${, which is taken for a key" if "${" in path else "is not UTF-8" if not _is_text(path) else ""
     if name is None:
         raise ConfigError(f"{key} is left open: give it a folder with {key}=<folder>.")
-    if problem:
-        raise ConfigError(f"{key}: the folder {_shown(path)} {problem}. Name another one.")
+    if problem := no_text(path):
+        raise ConfigError(f"{key}: the folder {printable(path)} {problem}. Name another one.")
     if hydra.output_subdir is not None:
         raise ConfigError(f"hydra.output_subdir={hydra.output_subdir} must be null: fmexp writes .hydra/ itself.")
     if hydra.job.chdir:
@@ -80,12 +83,15 @@ def output_folder(cfg: DictConfig, key: str) -> Path:
     return Path(path)
 
 
-def _is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: the name of a file may not be."""
-    return value == _shown(value)
+def no_text(value: str) -> str | None:
+    """Why a string cannot be a value, or None: TensorBoard and YAML need UTF-8, which the name of a file may not be."""
+    if "${" in value:
+        return "holds ${, which is taken for a key"
+    return "is not UTF-8" if value != printable(value) else None
 
 
-def _shown(value: str) -> str:
+def printable(value: str) -> str:
+    """A string as UTF-8 can hold it."""
     return value.encode(errors="backslashreplace").decode()
 
 
