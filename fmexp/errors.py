@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: the name of a file may not be."""
+    return text.encode(errors="ignore").decode() == text
+
+
 class FmexpError(CompactHydraException):
     """An error whose message alone is printed: it names the key or file, the value, and the way out.
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import math
+import shlex
 import shutil
 import sys
 import textwrap
@@ -107,7 +108,8 @@ class _Execution:
             with run.backend.applied():
                 if not state:
                     hparams.write_hparams(run.writer, self.output_dir, self.tree)
-                    run.writer.add_text("config", f"{run.dataset.description}\n\n```yaml\n{text}```", 0)
+                    about = printable(run.dataset.description)  # which names a folder
+                    run.writer.add_text("config", f"{about}\n\n```yaml\n{text}```", 0)
                     run.run_stages("start")
                 else:  # as the last thing before training, so that nothing draws from it in between
                     rng.set_state(state["random"])
@@ -183,9 +185,8 @@ class _Execution:
                 f"{run.step:,}",
                 run.seconds,
             )
-        log.info(
-            "written to %s; see it with\n  tensorboard --logdir %s", shown(self.output_dir), _logdir(self.output_dir)
-        )
+        logdir = shlex.quote(_logdir(self.output_dir))
+        log.info("written to %s; see it with\n  tensorboard --logdir %s", shown(self.output_dir), logdir)
 
 
 def _column(name: str, text: str) -> str:

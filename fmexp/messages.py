@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fmexp import config
-from fmexp.errors import CodeError, FmexpError, first_line
+from fmexp.errors import CodeError, FmexpError, first_line, printable
 
 FULL = "HYDRA_FULL_ERROR"
 
@@ -81,6 +81,8 @@ def message(error: Exception) -> str:
 
 def of_config(error: OmegaConfBaseException) -> str:
     """What is wrong with a key or its value, in a line, and which keys there are where one does not exist."""
+    if error.full_key == "hydra.runtime.cwd":
+        return f"The current folder, {os.getcwd()}, holds ${{, which is taken for a key. Call fmexp in another."
     if not isinstance(error, ConfigKeyError | ConfigAttributeError) or not isinstance(error.parent_node, DictConfig):
         return config.wrong_value(error)
     part, name = _key(error)
@@ -102,6 +104,8 @@ def of_option(error: MissingConfigException) -> str:
 
 def of_word(error: OverrideParseException) -> str:
     """Which word of the command line is no override, and how one is quoted."""
+    if problem := config.no_text(error.override.replace("${", "")):
+        return f"{printable(error.override)} {problem}. Name another."
     said = str(error).removeprefix(f"Error parsing override '{error.override}'").strip()
     return (
         f"{error.override} cannot be read as key=value:\n{said}\n"

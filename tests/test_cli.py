@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -334,6 +335,24 @@ def test_data_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
     assert compose(["dataset.root=elsewhere"]).dataset.root == "elsewhere"
 
 
+@pytest.mark.parametrize("name", ["a = b", "caf\udce9", "a ${seed} b", "${"])
+def test_a_run_and_a_sweep_where_the_current_folder_has_an_odd_name(name: str, tmp_path: Path) -> None:
+    (here := tmp_path / name).mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16), np.uint8)
+    np.savez(here / "own = data.npz", images=images, labels=np.arange(40) % 4)
+    words = ("dataset=arrays", "dataset.root='own = data.npz'", "model=mlp", "logging=light", "device=cpu")
+    done = call(*words, "hydra.run.dir=run", cwd=here)
+    assert (done.status, done.err.count("\n")) == ((0, 0) if name == "a = b" else (1, 1))
+    assert any(said in done.err for said in ("is not UTF-8", "holds ${")) == (name != "a = b")
+    if name != "${":  # where Hydra itself cannot begin
+        for mode in (f"hydra.run.dir={tmp_path}/run", f"hydra.mode=MULTIRUN hydra.sweep.dir={tmp_path}/sweep"):
+            done = call(*words, *mode.split(), cwd=here)
+            assert (done.status, done.err) == (0, "")
+        for folder in (tmp_path / "run", *members(tmp_path / "sweep")):
+            assert_complete(folder)
+    assert sorted(path.name for path in here.iterdir()) == ["own = data.npz", "run"][: 1 + (name == "a = b")]
+
+
 def test_any_other_optimizer_of_torch() -> None:
     words = ("optimizer=custom", "optimizer._target_=torch.optim.Adagrad", "optimizer.lr=0.5")
     optimizer = build(compose([*SMALL, *words, "+optimizer.lr_decay=0.1"])).optimizer
@@ -387,6 +406,14 @@ def test_sweep_over_two_keys(tmp_path: Path) -> None:
     assert len(set(first)) == 4
     assert "tensorboard --logdir" in done.out.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_by_hydras_own_key(tmp_path: Path) -> None:
+    words = (*QUICK, "seed=1,2", "hydra.sweep.dir=sweep", "sweep.dry_run=true")
+    by_key, by_flag = (call(*mode, *words, cwd=tmp_path) for mode in (["hydra.mode=MULTIRUN"], ["--multirun"]))
+    assert by_key == by_flag
+    assert (by_key.status, by_key.err) == (0, "")
+    assert "2 members: 2 to train" in by_key.out
 
 
 ODD_VALUES = (
@@ -504,16 +531,6 @@ def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cores_of_a_system_that_does_not_say_which_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert available_cores() == os.cpu_count()
-
-
-def test_a_sweep_by_hydras_own_key(tmp_path: Path) -> None:
-    done = call(*QUICK, "hydra.mode=MULTIRUN", "seed=1,2", "hydra.sweep.dir=s", cwd=tmp_path)
-    assert done.status == 0, done.err
-    assert "2 members: 2 complete" in done.out
-    wrong = call(*QUICK, "hydra.mode=nonsense", cwd=tmp_path)
-    assert wrong.status == 1
-    assert "hydra.mode: Invalid value 'nonsense', expected one of [RUN, MULTIRUN]" in wrong.err
-    assert {path.name for path in tmp_path.iterdir()} == {"s"}
 
 
 @pytest.mark.parametrize("name", ["a folder", "a=b", "${x}", "d\udcffg", "d'g", "a,b", "[a]"])

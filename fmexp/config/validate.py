@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from fmexp.config.identity import OWN, flat
 from fmexp.config.location import conf_dir
 from fmexp.config.schema import Config, Moment
-from fmexp.errors import ConfigError
+from fmexp.errors import ConfigError, is_utf8
 
 _LIMITS: dict[str, Callable[[Any, Any], bool]] = {
     "least": operator.ge,
@@ -34,6 +34,10 @@ def check(cfg: DictConfig) -> None:
         for group in ("dataset", "augment", "model", "loss", "optimizer", "schedule", "logging"):
             check_target(group, cfg[group])
         _check_own_keys(cfg.dataset)
+        for key, value, _ in _limited_values(cfg, ""):
+            for one in value if OmegaConf.is_list(value) else [value]:
+                if isinstance(one, str) and (problem := no_text(one)):
+                    raise ConfigError(f"{key}={one} {problem}. Name another.")
         for name, stage in cfg.stage.items():
             _check_stage(f"stage.{name}", stage)
         check_limits(cfg)
@@ -69,11 +73,10 @@ def output_folder(cfg: DictConfig, key: str) -> Path:
     """
     hydra, name = cfg.hydra, OmegaConf.select(cfg, key)
     path = os.path.abspath(str(name))
-    problem = "holds ${, which is taken for a key" if "${" in path else "is not UTF-8" if not _is_text(path) else ""
     if name is None:
         raise ConfigError(f"{key} is left open: give it a folder with {key}=<folder>.")
-    if problem:
-        raise ConfigError(f"{key}: the folder {_shown(path)} {problem}. Name another one.")
+    if problem := no_text(path):
+        raise ConfigError(f"{key}: the folder {path} {problem}. Name another one.")
     if hydra.output_subdir is not None:
         raise ConfigError(f"hydra.output_subdir={hydra.output_subdir} must be null: fmexp writes .hydra/ itself.")
     if hydra.job.chdir:
@@ -81,13 +84,11 @@ def output_folder(cfg: DictConfig, key: str) -> Path:
     return Path(path)
 
 
-def _is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: the name of a file may not be."""
-    return value == _shown(value)
-
-
-def _shown(value: str) -> str:
-    return value.encode(errors="backslashreplace").decode()
+def no_text(value: str) -> str | None:
+    """Why a string cannot be a value, or None: TensorBoard and YAML need UTF-8, which the name of a file may not be."""
+    if "${" in value:
+        return "holds ${, which is taken for a key"
+    return None if is_utf8(value) else "is not UTF-8"
 
 
 def check_limits(node: DictConfig, key: str = "") -> None:

@@ -94,7 +94,11 @@ def _read(path: Path, name: str) -> NDArray[Any] | None:
         if not isinstance(array, np.ndarray | None):
             raise ValueError("it is not in NumPy's format")
     except Exception as error:  # of many kinds: BadZipFile, TokenError, MemoryError, for damaged bytes
-        raise DataError(f"{path}: {name} cannot be read: {first_line(error)}") from error
+        objects = (
+            "it holds Python objects, which are not loaded, or is not NumPy's. Write numbers by numpy.save or savez."
+        )
+        said = objects if "allow_pickle" in str(error) else first_line(error)
+        raise DataError(f"{path}: {name} cannot be read: {said}") from error
     if array is not None and not array.size:
         raise DataError(f"{path}: {name} is empty, with shape {list(array.shape)}.")
     found: NDArray[Any] | None = array
@@ -125,7 +129,8 @@ def _bytes(images: NDArray[Any], scale: int, where: str) -> NDArray[np.uint8]:
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind in "biuf":
-        values = images.astype(np.promote_types(images.dtype, np.float32)) * np.float32(scale)
+        with np.errstate(over="ignore"):  # what becomes infinite is no byte
+            values = images.astype(np.promote_types(images.dtype, np.float32)) * np.float32(scale)
         rounded = values.round()
         slack = scale * float(np.finfo(images.dtype).eps) if images.dtype.kind == "f" else 0
         if rounded.min() >= 0 and rounded.max() <= 255 and (abs(values - rounded) <= slack).all():  # not if one is NaN

@@ -19,7 +19,7 @@ from torch import Tensor
 from fmexp import rng
 from fmexp.config.hydra_versions import instantiate
 from fmexp.config.identity import OWN
-from fmexp.errors import ConfigError, DataError
+from fmexp.errors import ConfigError, DataError, is_utf8
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,8 @@ def _wrong_classes(classes: Any) -> str | None:
     for name in classes:
         if not isinstance(name, str):
             return f"classes has {name!r}, {_kind(name)}, where each is a name, a str."
+        if not is_utf8(name):
+            return f"classes has {name!r}, which is not UTF-8. Rename it."
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
         return f"classes has {twice[0]!r} more than once; each class needs a name of its own."
     return None

@@ -248,7 +248,7 @@ def _splits(root: Path, share: float, seed: int) -> tuple[list[Any], list[Any], 
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(folder) if os.path.isdir(entry) and not entry.name.startswith("."))
 
 
 def _pictures(root: Path, split: Path, classes: list[str]) -> list[tuple[str, int]]:

@@ -54,9 +54,11 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 def disk_full(error: BaseException | None) -> OSError | None:
     """The error of a full disk that an exception is, or comes from: torch.save and Hydra put it into another."""
-    while error is not None:
+    seen: list[BaseException] = []  # an exception may come from itself
+    while error is not None and error not in seen:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return None
 

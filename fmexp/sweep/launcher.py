@@ -5,6 +5,7 @@ sweep's folder by its configuration, and then skipped, resumed or trained; what 
 """
 
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +77,7 @@ class Launcher(HydraLauncher):
     def _conclude(self, root: Path, progress: Progress) -> None:
         print(conclude(root, progress.not_begun))
         if progress.complete:
-            print(f"compare them with\n  tensorboard --logdir {root}")
+            print(f"compare them with\n  tensorboard --logdir {shlex.quote(str(root))}")
         else:
             print(f"go on with\n  {resume_command('hydra.sweep.dir', root)}")
 

@@ -136,6 +136,7 @@ def without(*names: str) -> dict[str, NDArray[Any]]:
         (of(GREY - 1.0), "train_images are float64 [20, 1, 6, 5] from -1 to 254 where"),
         (of(GREY + np.uint16(1)), "train_images are uint16 [20, 1, 6, 5] from 1 to 256 where"),
         (of(np.where(GREY > 9, GREY, np.nan)), "train_images are float64 [20, 1, 6, 5] from nan to nan where"),
+        (of(np.full(GREY.shape, 1.7e308)), "train_images are float64 [20, 1, 6, 5] from 1.7e+308 to 1.7e+308 where"),
         (of(GREY.astype(str)), "train_images are <U3 [20, 1, 6, 5] where bytes are needed"),
         (of(GREY[:0], LABELS[:0]), "arrays.npz: train_images is empty, with shape [0, 6, 5]."),
         (of(labels=LABELS[:19]), "arrays.npz: train_images are 20, train_labels are 19; each image needs one."),
@@ -144,7 +145,7 @@ def without(*names: str) -> dict[str, NDArray[Any]]:
         (of(labels=np.eye(4, dtype=int)[LABELS]), "train_labels are int64 [20, 4] from 0 where"),
         (
             of(labels=LABELS.astype(object)),
-            "arrays.npz: train_labels cannot be read: Object arrays cannot be loaded when",
+            "arrays.npz: train_labels cannot be read: it holds Python objects, which are not loaded, or is",
         ),
     ],
 )
@@ -162,7 +163,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, npz: Callable[..., str]) -> N
             content[:100] + bytes([content[100] ^ 1]) + content[101:],
             "arrays.npz: train_images cannot be read: Bad CRC-32",
         ),
-        (b"no array", "arrays.npz: train_images cannot be read: "),
+        (b"no array", "arrays.npz: train_images cannot be read: it holds Python objects, which are not loaded, or is"),
         (b"", "arrays.npz: train_images cannot be read: No data left in file"),
     ):
         path.write_bytes(damaged)

@@ -129,6 +129,7 @@ WRONG = {
     "a split is a stream": ({"train": Stream()}, r"Stream where .* map-style"),
     "a split without items": ({"train": Items()}, r"the train split is empty"),
     "one class": ({"classes": ["a"]}, r"1 class is too few"),
+    "a class not UTF-8": ({"classes": ["a", "caf\udce9"]}, r"'caf\\udce9', which is not UTF-8\. Rename it\."),
     "a class twice": ({"classes": ["a", "b", "a"]}, r"'a' more than once"),
     "a class without a name": ({"classes": ["a", 1]}, r"classes has 1, int"),
     "classes are a text": ({"classes": "ab"}, r"classes is str"),

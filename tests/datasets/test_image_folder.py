@@ -367,6 +367,7 @@ def test_what_is_hidden_or_no_picture_is_left_out_and_links_are_followed(
     (cat / "linked.png").symlink_to(elsewhere / "more.png")
     (cat / "inner").symlink_to(elsewhere)
     (elsewhere / "loop").symlink_to(elsewhere)
+    (photos / "train" / "itself").symlink_to("itself")
     data = keep(photos, cache="none")
     assert len(data.train) == 12 + 2
     assert {b"train/cat/linked.png", b"train/cat/inner/more.png"} < set(data.train.files)
@@ -425,6 +426,7 @@ def test_all_broken_pictures_are_named_before_training(
     (cat / "text.jpg").write_bytes(b"no picture")
     (dog / "empty.png").touch()
     (dog / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(dog / "pipe.png")
     write(dog / "small.bmp", pixels(1, 10, 11))
     write(dog / "large.png", pixels(1, 200, 300))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
@@ -434,14 +436,15 @@ def test_all_broken_pictures_are_named_before_training(
         f"{dog}/gone.png is a link to {tmp_path}/nowhere.png, which is not there",
         f"{dog}/large.png Image size (60000 pixels) exceeds limit of 40000 pixels, could be decompression bomb DOS "
         "attack.",
+        f"{dog}/pipe.png is a folder, a named pipe or a device where a file is needed.",
         f"{dog}/small.bmp is 11x10 where the first is 24x20; dataset.image_size=<pixels> makes all alike",
     ]
     with pytest.raises(DataError) as refused:
         keep(photos, cache=cache)
     first, *named = str(refused.value).splitlines()
     assert [line for line in named if "cut.png" not in line] == [f"  {line}" for line in expected]
-    assert len(named) == 5 + (cache != "none")
-    assert first == f"{len(named)} of 24 pictures cannot be used:"
+    assert len(named) == 6 + (cache != "none")
+    assert first == f"{len(named)} of 25 pictures cannot be used:"
     assert not list(tmp_path.glob("cache/*.npy"))
 
 
