@@ -67,7 +67,8 @@ def by_digest(root: Path) -> dict[str, list[Path]]:
     found = defaultdict(list)
     for path in sorted(member_folders(root), key=folder_number):
         try:
-            layout.check_files(path)
+            if results.status(path) not in ("complete", "diverged"):  # else nothing is written there
+                layout.check_files(path)
             found[layout.digest(path)].append(path)
         except Exception as error:  # whatever a damaged file makes a YAML reader raise
             name = printable(str(path))
