@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fmexp import datasets, rng
+from fmexp import datasets, rng, weights
 from fmexp.config import Moment
 from fmexp.config.hydra_versions import instantiate
 from fmexp.engine import backend, evaluation
+from fmexp.engine.freeze import freeze, train_mode
 from fmexp.engine.optim import build_optimizer
 from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, total_steps
 
 
-def build(cfg: DictConfig) -> Run:
+def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     """Build all that a run is made of, and touch no folder.
+
+    Args:
+        resumed: a checkpoint has the weights, so that those of `cfg.weights` are not wanted; their file may be gone.
 
     Raises:
         ConfigError, DataError: something cannot be built; the message names the key and the way out.
@@ -48,16 +52,20 @@ def build(cfg: DictConfig) -> Run:
         images, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size))
     few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
     model = _model(cfg, dataset, few)
+    begun_from = weights.load(model, cfg.weights, strict=cfg.weights_strict) if cfg.weights and not resumed else ""
+    frozen = freeze(model, cfg.train.freeze)
     with eval_mode(model, cfg.seed):
         _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
         how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
     try:
-        optimizer = build_optimizer(cfg.optimizer, model)
+        optimizer = build_optimizer(cfg.optimizer, model, frozen)
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    return Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how, how_evaluated)
+    run = Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how, how_evaluated)
+    run.begun_from = begun_from
+    return run
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:
@@ -157,7 +165,7 @@ def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: i
     size = cfg.train.batch_size
     if size != 1 and (count % size != 1 or steps * size < count):
         return
-    model.train()
+    train_mode(model, cfg.train.freeze)
     try:
         with torch.no_grad():
             model(image)

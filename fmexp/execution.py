@@ -54,7 +54,8 @@ def execute(
     layout.check_identity(output_dir, tree, resume=cfg.resume)
     if (objective := _finished(output_dir)) is not None:
         return objective
-    run = build(cfg)
+    resumed = checkpoint.exists(output_dir)
+    run = build(cfg, resumed=resumed)
     with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir)) is not None:
@@ -62,6 +63,8 @@ def execute(
         state = checkpoint.load(output_dir)
         if state:  # .hydra/, which check_identity reads, may have been removed
             layout.check_same(output_dir, state["config"], tree)
+        elif resumed:  # another process has removed its checkpoint
+            run = build(cfg)
         try:
             return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
@@ -158,6 +161,7 @@ class _Execution:
             ("data", data.description or target(cfg.dataset)),
             ("", f"{images} images of {channels}x{height}x{width}, {len(data.classes)} classes"),
             ("model", f"{target(cfg.model)}, {sum(p.numel() for p in run.model.parameters()):,} parameters"),
+            *([("weights", run.begun_from)] if run.begun_from else []),
             ("optimizer", f"{target(cfg.optimizer)}, {settings}"),
             ("training", f"{total_steps(cfg, data):,} batches of {cfg.train.batch_size}, {run.backend}"),
             ("stages", stages or "none"),

@@ -16,6 +16,7 @@ from fmexp import datasets, rng
 from fmexp.engine.compile import compile_step
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
 from fmexp.engine.extra_state import ExtraState
+from fmexp.engine.freeze import train_mode
 from fmexp.engine.step import Step, train_step
 from fmexp.errors import first_line
 from fmexp.process import Stop
@@ -82,7 +83,7 @@ class Trainer:
             while run.step < self.total_steps:
                 order = datasets.order(seed, run.epoch, datasets.length(run.dataset.train))
                 rest = order[run.position * self.batch_size :]  # of an epoch that was begun before a stop
-                run.model.train()
+                train_mode(run.model, run.cfg.train.freeze)
                 for images, labels in datasets.batches(
                     run.dataset, run.dataset.train, rest, self.batch_size,
                     device=run.device, num_workers=self.num_workers, seed=(seed, run.epoch),
@@ -235,7 +236,7 @@ def _compiled(run: Run, plain: Step) -> Step:
         return plain
     try:
         with eval_mode(run.model, 0):
-            run.model.train()
+            train_mode(run.model, run.cfg.train.freeze)
             images, labels = run.dataset.take(run.dataset.train, torch.arange(size))
             whole = compile_step(run.model, run.optimizer, images.to(run.device), labels.to(run.device))
     except Exception as error:  # whatever a compiler raises

@@ -23,7 +23,7 @@ class Moment(Enum):
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field whose value has limits: `least` and `most` (inclusive), `below` (exclusive), `one_of`.
+    """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`.
 
     `word` is what a whole number within the limits may be replaced by, `length` how many values a list has.
     """
@@ -32,7 +32,7 @@ def limited(default: Any, **limits: Any) -> Any:
 
 def listed(*default: Any, **limits: Any) -> Any:
     """A field that is a list; `limits`, as of `limited`, are those of each value."""
-    return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default_factory=lambda: list(default), metadata={"each": True, **limits})
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Train:
     num_workers: int = limited(2, least=0)
     compile: Any = limited("auto", one_of=("auto", True, False))
     checkpoint_every: int | None = limited(None, least=1)
+    freeze: list[str] = listed()
     tag: str = "train/loss"
 
 
@@ -65,6 +66,8 @@ class Config:
     device: str = "auto"
     objective: str = "test/accuracy"
     resume: bool = True
+    weights: str | None = None
+    weights_strict: bool = False
     train: Train = field(default_factory=Train)
     backend: Backend = field(default_factory=Backend)
     sweep: Sweep = field(default_factory=Sweep)
@@ -126,6 +129,23 @@ class Model:
 
 
 @dataclass
+class Torchvision(Model):
+    name: str = MISSING  # which of torchvision's classifiers
+    pretrained: bool = False  # begin from torchvision's weights, downloaded once; says where the data do not suit them
+
+
+@dataclass
+class Timm(Model):
+    name: str = MISSING  # which of timm's models, such as vit_tiny_patch16_224
+    pretrained: bool = False  # begin from timm's weights, downloaded once; says where the data do not suit them
+    drop_rate: float | None = limited(
+        None, least=0.0, below=1.0
+    )  # dropout before the classifier; null: the model's own
+    # the share of residual branches that each training step leaves out, in models that have them; null: the model's own
+    drop_path_rate: float | None = limited(None, least=0.0, below=1.0)
+
+
+@dataclass
 class MLP(Model):
     hidden: list[int] = listed(256, 128, least=1)  # width of each hidden layer; []: one layer from pixels to classes
     dropout: float = limited(0.0, least=0.0, below=1.0)  # the share of hidden units that each training step leaves out
@@ -135,6 +155,10 @@ class MLP(Model):
 class Optimizer:
     _target_: str = MISSING  # the import path of the optimizer, called with the model's parameters and the keys below
     lr: float = limited(0.001, least=0.0)  # learning rate: how far a step goes
+    # whose weights do not decay: bias, and norm, which is all else of one dimension or that the model itself names
+    no_decay: list[str] = listed(one_of=("norm", "bias"))
+    # each layer learns at this times the rate of the next one, and the last at lr; null: all at lr
+    layer_decay: float | None = limited(None, above=0.0, most=1.0)
 
 
 @dataclass
@@ -218,7 +242,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "image_folder": ImageFolder,
         "arrays": Arrays,
     },
-    "model": {"plain": Model, "mlp": MLP},
+    "model": {"plain": Model, "mlp": MLP, "torchvision": Torchvision, "timm": Timm},
     "optimizer": {"plain": Optimizer, "sgd": SGD, "adam": Adam, "rmsprop": RMSprop},
     "logging": {"tensorboard": Logging},
     "stage": {
