@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 import fmexp
-from fmexp import config, datasets, rng
+from fmexp import config, datasets, models, rng
 from fmexp.build import build, target
 from fmexp.errors import FmexpError
 from fmexp.process import Stop
@@ -154,13 +154,16 @@ class _Execution:
         channels, height, width = data.input_shape
         settings = ", ".join(f"{k} {v}" for k, v in self.tree["optimizer"].items() if k != "_target_" and v)
         stages = ", ".join(f"{stage.name} ({stage.when})" for stage in run.stages)
+        model = f"{target(cfg.model)} {cfg.model.get('name', '')}".rstrip()
+        counts = [sum(p.numel() for p in run.model.parameters() if p.requires_grad >= trained) for trained in (0, 1)]
+        trained = f", {counts[1]:,} of them trained" * (counts[0] != counts[1])
         images = " + ".join(
             f"{datasets.length(part):,} {name}" for part, name in ((data.train, "training"), (data.test, "test"))
         )
         for name, text in (
             ("data", data.description or target(cfg.dataset)),
             ("", f"{images} images of {channels}x{height}x{width}, {len(data.classes)} classes"),
-            ("model", f"{target(cfg.model)}, {sum(p.numel() for p in run.model.parameters()):,} parameters"),
+            ("model", f"{model}, {counts[0]:,} parameters{trained}"),
             *([("weights", run.begun_from)] if run.begun_from else []),
             ("optimizer", f"{target(cfg.optimizer)}, {settings}"),
             ("training", f"{total_steps(cfg, data):,} batches of {cfg.train.batch_size}, {run.backend}"),
@@ -168,6 +171,8 @@ class _Execution:
         ):
             log.info("%s", _column(name, text))
         log.info("folder     %s", shown(self.output_dir))  # in one piece, to be copied
+        if cfg.model.get("pretrained") and (unlike := models.unlike_pretraining(run.model, data, cfg.dataset)):
+            log.warning("%s", unlike)
         if resumed:
             log.info("going on from the checkpoint at step %d", run.step)
 

@@ -56,7 +56,7 @@ def _groups(cfg: DictConfig, model: nn.Module, frozen: Collection[str]) -> list[
         return list(named.values())
     if layer_decay is not None and not isinstance(cfg.get("lr"), int | float):
         raise ConfigError(f"optimizer.layer_decay={layer_decay} is a factor of optimizer.lr, which is not set.")
-    own = getattr(model, "no_weight_decay", set)() if "norm" in no_decay else ()
+    own: Collection[str] = getattr(model, "no_weight_decay", set)() if "norm" in no_decay else ()
     layers = _layers(model)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
@@ -79,10 +79,10 @@ def _layers(model: nn.Module) -> dict[str, int]:
     A layer is a child of the model, or a member of a child that is a Sequential or ModuleList, in their order; what
     the model holds itself goes with the first. Models of timm's say it themselves.
     """
-    if hasattr(model, "group_matcher"):
+    if matcher := getattr(model, "group_matcher", None):
         from timm.models import group_parameters
 
-        return group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[no-any-return]
+        return group_parameters(model, matcher(coarse=False), reverse=True)  # type: ignore[no-any-return]
     layers: list[nn.Module] = []
     for child in model.children():
         layers += child.children() if isinstance(child, nn.Sequential | nn.ModuleList) else [child]
