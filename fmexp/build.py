@@ -16,10 +16,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fmexp import datasets, rng
+from fmexp import datasets, rng, weights
 from fmexp.config import Moment, maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.engine import backend, evaluation
+from fmexp.engine.freeze import freeze, train_mode
 from fmexp.engine.loss import Loss, weights_of_classes
 from fmexp.engine.optim import build_optimizer
 from fmexp.engine.schedule import Schedule
@@ -27,8 +28,11 @@ from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, steps_per_epoch, total_steps
 
 
-def build(cfg: DictConfig) -> Run:
+def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     """Build all that a run is made of, and touch no folder.
+
+    Args:
+        resumed: a checkpoint has the weights, so that those of `cfg.weights` are not wanted; their file may be gone.
 
     Raises:
         ConfigError, DataError: something cannot be built; the message names the key and the way out.
@@ -52,6 +56,8 @@ def build(cfg: DictConfig) -> Run:
     images, augment = dataset.ready(loaded), _augment(cfg, len(dataset.classes))
     few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
     model = _model(cfg, dataset, few)
+    begun_from = weights.load(model, cfg.weights, strict=cfg.weights_strict) if cfg.weights and not resumed else ""
+    frozen = freeze(model, cfg.train.freeze)
     with eval_mode(model, cfg.seed):
         _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
         how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
@@ -59,7 +65,7 @@ def build(cfg: DictConfig) -> Run:
     if cfg.train.accumulate > (batches := steps_per_epoch(cfg, dataset)):
         raise ConfigError(f"train.accumulate={cfg.train.accumulate} is more than the {batches} batches of an epoch.")
     try:
-        optimizer = build_optimizer(cfg.optimizer, model)
+        optimizer = build_optimizer(cfg.optimizer, model, frozen)
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
@@ -68,6 +74,7 @@ def build(cfg: DictConfig) -> Run:
               (images, labels), how, how_evaluated)  # fmt: skip
     if augment:
         run.batch = _augmented(run, loaded, labels)
+    run.begun_from = begun_from
     return run
 
 
@@ -273,7 +280,7 @@ def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: i
     size = cfg.train.batch_size
     if size != 1 and (count % size != 1 or steps * size < count):
         return
-    model.train()
+    train_mode(model, cfg.train.freeze)
     try:
         with torch.no_grad():
             model(image)

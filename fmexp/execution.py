@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 import fmexp
-from fmexp import config, datasets, rng
+from fmexp import config, datasets, models, rng
 from fmexp.build import build, target
 from fmexp.errors import FmexpError, printable
 from fmexp.process import Stop
@@ -55,7 +55,8 @@ def execute(
     layout.check_identity(output_dir, tree, resume=cfg.resume)
     if (objective := _finished(output_dir)) is not None:
         return objective
-    run = build(cfg)
+    resumed = checkpoint.exists(output_dir)
+    run = build(cfg, resumed=resumed)
     with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir)) is not None:
@@ -63,6 +64,8 @@ def execute(
         state = checkpoint.load(output_dir)
         if state:  # .hydra/, which check_identity reads, may have been removed
             layout.check_same(output_dir, state["config"], tree)
+        elif resumed:  # another process has removed its checkpoint
+            run = build(cfg)
         try:
             return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
@@ -155,6 +158,9 @@ class _Execution:
         channels, height, width = data.input_shape
         settings = ", ".join(f"{k} {v}" for k, v in self.tree["optimizer"].items() if k != "_target_" and v)
         stages = ", ".join(f"{stage.name} ({stage.when})" for stage in run.stages)
+        model = f"{target(cfg.model)} {cfg.model.get('name', '')}".rstrip()
+        counts = [sum(p.numel() for p in run.model.parameters() if p.requires_grad >= trained) for trained in (0, 1)]
+        trained = f", {counts[1]:,} of them trained" * (counts[0] != counts[1])
         images = " + ".join(
             f"{datasets.length(part):,} {name}" for part, name in ((data.train, "training"), (data.test, "test"))
         )
@@ -162,13 +168,16 @@ class _Execution:
             ("data", data.description or target(cfg.dataset)),
             ("", f"{images} images of {channels}x{height}x{width}, {len(data.classes)} classes"),
             *([("augment", target(cfg.augment))] if run.augment else []),
-            ("model", f"{target(cfg.model)}, {sum(p.numel() for p in run.model.parameters()):,} parameters"),
+            ("model", f"{model}, {counts[0]:,} parameters{trained}"),
+            *([("weights", run.begun_from)] if run.begun_from else []),
             ("optimizer", f"{target(cfg.optimizer)}, {settings}"),
             ("training", f"{total_steps(cfg, data):,} batches of {cfg.train.batch_size}, {run.backend}"),
             ("stages", stages or "none"),
         ):
             log.info("%s", _column(name, text))
         log.info("folder     %s", shown(self.output_dir))  # in one piece, to be copied
+        if cfg.model.get("pretrained") and (unlike := models.unlike_pretraining(run.model, data, cfg.dataset)):
+            log.warning("%s", unlike)
         if resumed:
             log.info("going on from the checkpoint at step %d", run.step)
 

@@ -3,11 +3,19 @@
 Each takes float32 [B, C, H, W] and returns logits [B, num_classes].
 """
 
-from collections.abc import Sequence
-from math import prod
+import difflib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from math import ceil, prod
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fmexp.datasets import Dataset
+from fmexp.errors import ConfigError, first_line
+
+SMALL_IMAGE = 64  # pixels; from smaller ones the stem of a ResNet leaves next to nothing
 
 
 class LeNet(nn.Module):
@@ -56,6 +64,136 @@ class MLP(nn.Sequential):
             if dropout:
                 layers.append(nn.Dropout(dropout))
         super().__init__(*layers, nn.Linear(sizes[-1], num_classes))
+
+
+def torchvision(
+    *, input_shape: tuple[int, int, int], num_classes: int, name: str, pretrained: bool = False
+) -> nn.Module:
+    """A classifier of torchvision.models, adapted to the images' channels and to the classes; the last layer begins
+    at random unless there are as many classes as in the pretraining.
+
+    A ResNet keeps the resolution of images below 64 pixels in its stem, a ViT is made for the size of the images.
+
+    Raises:
+        ConfigError: there is no such model, or its weights cannot be had.
+    """
+    from torchvision import models as zoo
+
+    _check_name(name, zoo.list_models(module=zoo), "torchvision")
+    channels, *size = input_shape
+    more: dict[str, Any] = {"image_size": size[0]} if name.startswith("vit_") and not pretrained else {}
+    if name in ("googlenet", "inception_v3"):  # one output in training, too
+        more = {"aux_logits": False, "init_weights": True, "transform_input": pretrained and channels == 3}
+    model: nn.Module = zoo.get_model(name, num_classes=num_classes, **more)
+    key, first = _first_convolution(model)
+    if channels != first.in_channels:
+        settings = {k: getattr(first, k) for k in ("kernel_size", "stride", "padding", "dilation")}
+        adapted = nn.Conv2d(channels, first.out_channels, bias=first.bias is not None, **settings)
+        model.set_submodule(key, adapted)
+    if isinstance(model, zoo.ResNet):
+        _fit_stem(model, size)
+    if pretrained:
+        with _downloads(name):
+            trained = zoo.get_model(name, weights="DEFAULT").state_dict()
+        weight, own = trained[f"{key}.weight"], model.state_dict()
+        if channels != 3:  # as timm does: the sum for grey, else the colours in turn, so that the output keeps its size
+            repeated = weight.repeat(1, ceil(channels / 3), 1, 1)[:, :channels] * (3 / channels)
+            trained[f"{key}.weight"] = weight.sum(1, keepdim=True) if channels == 1 else repeated
+        fitting = {k: value for k, value in trained.items() if k in own and value.shape == own[k].shape}
+        model.load_state_dict(fitting, strict=False)
+        seen = zoo.get_model_weights(name).DEFAULT.transforms()
+        expected: Any = {"input_size": (3, *seen.crop_size * 2), "mean": seen.mean, "std": seen.std}
+        model.pretrained_cfg = expected  # as timm names it
+    return model
+
+
+def timm(
+    *,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    name: str,
+    pretrained: bool = False,
+    drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
+) -> nn.Module:
+    """A model of timm, which adapts it to the images' channels and size and to the classes; ResNets as `torchvision`.
+
+    Raises:
+        ConfigError: there is no such model, or its weights cannot be had, or timm is not installed.
+    """
+    try:
+        import timm as zoo
+    except ModuleNotFoundError:
+        raise ConfigError("model=timm needs timm: pip install timm") from None
+    from timm.models import ResNet, get_pretrained_cfg
+
+    if not zoo.is_model(name):
+        _check_name(name, zoo.list_models(), "timm")
+    channels, *size = input_shape
+    more: dict[str, Any] = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    if getattr(get_pretrained_cfg(name), "fixed_input_size", False):
+        more["img_size"] = size
+    with _downloads(name, pretrained):
+        model: nn.Module = zoo.create_model(name, pretrained, num_classes=num_classes, in_chans=channels, **more)
+    if isinstance(model, ResNet):
+        _fit_stem(model, size)
+    return model
+
+
+def unlike_pretraining(model: nn.Module, dataset: Dataset, keys: Collection[str]) -> str:
+    """What pretrained weights expect of the images and the dataset does not give, in words, and what to type; or "".
+
+    Args:
+        model: with timm's `pretrained_cfg`, of which `mean`, `std` and `input_size` are read.
+        keys: those that the dataset's configuration has.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    if not cfg:
+        return ""
+    channels, *size = dataset.input_shape
+
+    def of_channels(values: Sequence[float]) -> list[float]:
+        return [*values] if len(values) == channels else [round(sum(values) / len(values), 3)] * channels
+
+    wanted = {"mean": of_channels(cfg["mean"]), "std": of_channels(cfg["std"]), "image_size": [*cfg["input_size"][1:]]}
+    given = {"mean": of_channels(dataset.mean), "std": of_channels(dataset.std), "image_size": size}
+    other = [key for key in wanted if wanted[key] != given[key]]
+    said = ", ".join(f"{key} {wanted[key]} where the dataset has {given[key]}" for key in other)
+    values = {**wanted, "image_size": cfg["input_size"][1]}
+    typed = " ".join(f'"dataset.{key}={values[key]}"'.replace(" ", "") for key in other if key in keys)
+    return f"the pretrained weights expect {said}" + f"; type {typed}" * bool(typed) if other else ""
+
+
+def _check_name(name: str, names: Sequence[str], where: str) -> None:
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+        meant = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"model.name={name} is no model of {where}.{meant}")
+
+
+@contextmanager
+def _downloads(name: str, pretrained: bool = True) -> Iterator[None]:
+    """Say what to do where the pretrained weights of a model cannot be had."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise ConfigError(
+            f"model.pretrained=true: the weights of {name} cannot be had: {first_line(error)}\n"
+            "Without a network, copy a file of them to this machine: model.pretrained=false weights=<file>."
+        ) from error
+
+
+def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
+    return next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+
+def _fit_stem(model: nn.Module, size: Sequence[int]) -> None:
+    """Let the first layers of a ResNet keep the resolution of small images, with the same weights."""
+    if max(size) < SMALL_IMAGE:
+        _first_convolution(model)[1].stride = (1, 1)
+        model.maxpool = nn.Identity()
 
 
 def resnet18(*, input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

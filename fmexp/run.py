@@ -63,6 +63,7 @@ class Run:
         average: the running average of the weights (train.ema), or None.
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
+        begun_from: what was taken from cfg.weights, in words; empty where nothing was.
         backend, evaluation_backend: how the training and the evaluation are computed.
     """
 
@@ -86,6 +87,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    begun_from: str = ""
     output_dir: Path = field(init=False)
     writer: SummaryWriter = field(init=False)
     _evaluations: dict[str, Evaluation] = field(default_factory=dict, init=False)

@@ -16,6 +16,7 @@ from fmexp import datasets, rng
 from fmexp.engine.compile import compiled_backward
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
 from fmexp.engine.extra_state import ExtraState
+from fmexp.engine.freeze import train_mode
 from fmexp.engine.schedule import Following, LearningRate
 from fmexp.engine.step import Backward, Step, TrainStep, plain_backward
 from fmexp.errors import first_line
@@ -86,7 +87,7 @@ class Trainer:
             while run.step < self.total_steps:
                 order = datasets.order(seed, run.epoch, datasets.length(run.dataset.train))
                 rest = order[run.position * self.batch_size :]  # of an epoch that was begun before a stop
-                run.model.train()
+                train_mode(run.model, run.cfg.train.freeze)
                 for images, labels in datasets.batches(
                     run.dataset, run.dataset.train, rest, self.batch_size,
                     device=run.device, workers=workers, seed=(seed, run.epoch),
@@ -276,7 +277,7 @@ def build_backward(run: Run) -> Backward:
     if run.backend.compiled and datasets.length(run.dataset.train) >= size:
         try:
             with eval_mode(run.model, 0):
-                run.model.train()
+                train_mode(run.model, run.cfg.train.freeze)
                 images, labels = run.dataset.take(run.dataset.train, torch.arange(size), raw=True)
                 batch = run.augmented(images.to(run.device), labels.to(run.device), 0)
                 whole = compiled_backward(run.model, *batch, run.loss, precision)

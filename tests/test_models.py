@@ -1,17 +1,23 @@
 """Models: sized from the images, logits for any data, and an error that names the sizes where an image is too small."""
 
+import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
+import timm as timm_library
 import torch
 from hydra.utils import instantiate
 from tools import small
 from torch import nn
+from torchvision import models as tv_models
 
 from fmexp import compose, execute
+from fmexp.build import build
 from fmexp.config import conf_dir
+from fmexp.datasets import Dataset, Split
 from fmexp.errors import ConfigError
-from fmexp.models import MLP, LeNet, resnet18
+from fmexp.models import MLP, LeNet, resnet18, timm, torchvision, unlike_pretraining
 
 NAMES = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -105,6 +111,115 @@ def test_a_run_on_images_too_small_says_so_before_it_writes(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"model\._target_=fmexp\.models\.LeNet .*at least 16x16 pixels, not 12x12"):
         execute(small("dataset.image_size=12"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# Models of torchvision and timm, by their names
+
+BY_NAME = {"torchvision": torchvision, "timm": timm}
+SMALLEST = {"torchvision": "mobilenet_v3_small", "timm": "test_resnet"}
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "shape"),
+    [
+        ("torchvision", "squeezenet1_1", (1, 32, 32)),
+        ("torchvision", "shufflenet_v2_x0_5", (4, 33, 40)),
+        ("torchvision", "vit_b_32", (1, 64, 64)),
+        ("torchvision", "googlenet", (1, 32, 32)),
+        ("timm", "vit_tiny_patch16_224", (1, 32, 48)),
+        ("timm", "test_efficientnet.r160_in1k", (2, 28, 28)),
+    ],
+)
+def test_a_model_by_its_name_takes_the_images(library: str, name: str, shape: tuple[int, int, int]) -> None:
+    model = BY_NAME[library](input_shape=shape, num_classes=7, name=name)
+    for mode in (True, False):
+        assert model.train(mode)(torch.randn(4, *shape)).shape == (4, 7)
+
+
+@pytest.mark.parametrize("library", BY_NAME)
+def test_the_stem_of_a_resnet_keeps_the_resolution_of_small_images(library: str) -> None:
+    for size, expected in ((63, 63), (64, 16)):
+        model = BY_NAME[library](input_shape=(1, size, size), num_classes=3, name="resnet18")
+        features: list[torch.Size] = []
+        model.get_submodule("layer1").register_forward_hook(lambda *args, kept=features: kept.append(args[-1].shape))
+        model.eval()(torch.zeros(1, 1, size, size))
+        assert features[0][2:] == (expected, expected)
+
+
+def test_dropout_reaches_timm() -> None:
+    model = timm(input_shape=(1, 32, 32), num_classes=3, name="test_vit", drop_rate=0.3, drop_path_rate=0.2)
+    rates = {getattr(module, "p", 0) or getattr(module, "drop_prob", 0) for module in model.modules()}
+    assert {0.3, 0.2} <= {round(float(rate), 6) for rate in rates}
+
+
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights for 1000 classes and colours, of each library, as if they had been downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    url = tv_models.get_model_weights(SMALLEST["torchvision"]).DEFAULT.url
+    states = {
+        "torchvision": tv_models.get_model(SMALLEST["torchvision"]).state_dict(),
+        "timm": timm_library.create_model(SMALLEST["timm"]).state_dict(),
+    }
+    torch.save(states["torchvision"], tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2])
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(states["timm"]))
+    return states
+
+
+@pytest.mark.parametrize("library", BY_NAME)
+@pytest.mark.parametrize(("channels", "classes"), [(3, 1000), (1, 10), (4, 1000)])
+def test_pretrained_weights_are_adapted(
+    library: str, channels: int, classes: int, downloaded: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    shape = (channels, 32, 32)
+    model = BY_NAME[library](input_shape=shape, num_classes=classes, name=SMALLEST[library], pretrained=True)
+    trained, state = downloaded[library], model.state_dict()
+    first = next(name for name, value in trained.items() if value.dim() == 4)
+    head = {"torchvision": "classifier.3", "timm": "fc"}[library]
+    expected = ({first} if channels != 3 else set()) | (
+        {f"{head}.weight", f"{head}.bias"} if classes != 1000 else set()
+    )
+    assert {name for name, value in state.items() if not torch.equal(value, trained[name])} == expected
+    given = {1: trained[first].sum(1, keepdim=True), 3: trained[first], 4: trained[first][:, [0, 1, 2, 0]] * 0.75}
+    assert torch.allclose(state[first], given[channels])
+
+
+@pytest.mark.parametrize("library", BY_NAME)
+@pytest.mark.usefixtures("downloaded")
+def test_data_that_do_not_suit_pretrained_weights_are_said(library: str, tmp_path: Path) -> None:
+    chosen = (f"model={library}", f"model.name={SMALLEST[library]}", "model.pretrained=true")
+    cfg = small("logging=light", "train.max_steps=1", *chosen)
+    execute(cfg, tmp_path / "run")
+    said, side = (tmp_path / "run" / "fmexp.log").read_text(), {"torchvision": 224, "timm": 160}[library]
+    assert (
+        "expect mean [0.449] where the dataset has [0.5], std [0.226] where the dataset has [0.5], image_size" in said
+    )
+    assert f'[{side}, {side}] where the dataset has [28, 28]; type "dataset.image_size={side}"\n' in said
+    photo = Split(torch.zeros(1, 3, side, side), torch.zeros(1))
+    suits = Dataset(photo, photo, ["a"], mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    model = build(cfg).model
+    assert unlike_pretraining(model, suits, ()) == ""
+    typed = unlike_pretraining(model, dataclasses.replace(suits, mean=(0.5,)), ("mean", "std"))
+    assert typed.endswith('has [0.5, 0.5, 0.5]; type "dataset.mean=[0.485,0.456,0.406]"')
+    assert unlike_pretraining(nn.Linear(1, 1), suits, ()) == ""
+
+
+@pytest.mark.parametrize("library", BY_NAME)
+def test_weights_that_cannot_be_downloaded_are_said(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network here")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(ConfigError, match=r"pretrained=true: .* cannot be had: no network here\n.* weights=<file>"):
+        BY_NAME[library](input_shape=GREY, num_classes=10, name=SMALLEST[library], pretrained=True)
+
+
+def test_a_missing_timm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigError, match="model=timm needs timm: pip install timm"):
+        timm(input_shape=GREY, num_classes=10, name="resnet18")
 
 
 class Fixed(nn.Module):

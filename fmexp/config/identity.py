@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 # Keys that do not change what a run computes or writes, so that a run may be resumed with others; see `left_out`.
 # The device is not in the digest either: a resume on another one goes on with a warning, for the bits may differ.
 NOT_IN_DIGEST = (
-    "resume", "device", "train.num_workers", "train.checkpoint_every", "logging.max_queue", "logging.flush_secs",
+    "resume", "weights_strict", "device", "train.num_workers", "train.checkpoint_every",
+    "logging.max_queue", "logging.flush_secs",
     "dataset.root", "dataset.download", "dataset.mirrors", "dataset.cache", "dataset.cache_dir",
     "sweep.fail_fast", "sweep.dry_run",
 )  # fmt: skip
@@ -80,13 +81,14 @@ def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     for key, value in identity(tree).items():
         if key.startswith("backend.") and value == "auto":
             continue  # only what was chosen deserves a column
-        if key.startswith(_HPARAMS) and not key.endswith("_target_") and value is not None:
+        unset = value is None or (value == [] and not key.startswith("model."))
+        if key.startswith(_HPARAMS) and not key.endswith("_target_") and not unset:
             values[key] = value if isinstance(value, bool | int | float | str) else str(value)
     return values
 
 
 _GROUPS = ("dataset", "augment", "model", "loss", "optimizer", "schedule")
 _HPARAMS = (
-    "seed", *(f"{group}." for group in _GROUPS), "backend.", "train.epochs", "train.batch_size", "train.max_steps",
-    "train.precision", "train.clip_grad", "train.accumulate", "train.ema",
+    "seed", "weights", *(f"{group}." for group in _GROUPS), "backend.", "train.epochs", "train.batch_size",
+    "train.max_steps", "train.precision", "train.clip_grad", "train.accumulate", "train.ema", "train.freeze",
 )  # fmt: skip

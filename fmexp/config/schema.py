@@ -32,7 +32,7 @@ def limited(default: Any, **limits: Any) -> Any:
 
 def listed(*default: Any, **limits: Any) -> Any:
     """A field that is a list; `limits`, as of `limited`, are those of each value."""
-    return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default_factory=lambda: list(default), metadata={"each": True, **limits})
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Train:
     ema: float | None = limited(None, above=0.0, below=1.0)
     compile: Any = limited("auto", one_of=("auto", True, False))
     checkpoint_every: int | None = limited(None, least=1)
+    freeze: list[str] = listed()
     tag: str = "train/loss"
 
 
@@ -69,6 +70,8 @@ class Config:
     device: str = "auto"
     objective: str = "test/accuracy"
     resume: bool = True
+    weights: str | None = None
+    weights_strict: bool = False
     train: Train = field(default_factory=Train)
     backend: Backend = field(default_factory=Backend)
     sweep: Sweep = field(default_factory=Sweep)
@@ -167,6 +170,23 @@ class Model:
 
 
 @dataclass
+class Torchvision(Model):
+    name: str = MISSING  # which of torchvision's classifiers
+    pretrained: bool = False  # begin from torchvision's weights, downloaded once; says where the data do not suit them
+
+
+@dataclass
+class Timm(Model):
+    name: str = MISSING  # which of timm's models, such as vit_tiny_patch16_224
+    pretrained: bool = False  # begin from timm's weights, downloaded once; says where the data do not suit them
+    drop_rate: float | None = limited(
+        None, least=0.0, below=1.0
+    )  # dropout before the classifier; null: the model's own
+    # the share of residual branches that each training step leaves out, in models that have them; null: the model's own
+    drop_path_rate: float | None = limited(None, least=0.0, below=1.0)
+
+
+@dataclass
 class MLP(Model):
     hidden: list[int] = listed(256, 128, least=1)  # width of each hidden layer; []: one layer from pixels to classes
     dropout: float = limited(0.0, least=0.0, below=1.0)  # the share of hidden units that each training step leaves out
@@ -238,6 +258,10 @@ class Plateau(Schedule):
 class Optimizer:
     _target_: str = MISSING  # the import path of the optimizer, called with the model's parameters and the keys below
     lr: float = limited(0.001, least=0.0)  # learning rate: how far a step goes
+    # whose weights do not decay: bias, and norm, which is all else of one dimension or that the model itself names
+    no_decay: list[str] = listed(one_of=("norm", "bias"))
+    # each layer learns at this times the rate of the next one, and the last at lr; null: all at lr
+    layer_decay: float | None = limited(None, above=0.0, most=1.0)
 
 
 @dataclass
@@ -329,7 +353,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mixed": Mixed,
         "chain": Chain,
     },
-    "model": {"plain": Model, "mlp": MLP},
+    "model": {"plain": Model, "mlp": MLP, "torchvision": Torchvision, "timm": Timm},
     "loss": {"cross_entropy": CrossEntropy, "focal": Focal, "binary": Binary},
     "schedule": {
         "warmed": Warmed,

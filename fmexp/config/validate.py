@@ -210,8 +210,9 @@ def _limited_values(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any, d
 
 def _outside(value: Any, limits: dict[str, Any]) -> str | None:
     """What is wrong with a value (or with one in a list), or None."""
-    if "one_of" in limits and not any(type(value) is type(one) and value == one for one in limits["one_of"]):
-        return f"must be one of {', '.join(str(one).lower() for one in limits['one_of'])}"
+    kinds, values = limits.get("one_of", ()), value if "each" in limits else [value]
+    if kinds and not all(any(type(each) is type(one) and each == one for one in kinds) for each in values):
+        return f"must be one of {', '.join(str(one).lower() for one in kinds)}"
     if "word" in limits and (value == limits["word"] or type(value) is not int):
         return None if value == limits["word"] else f"must be {limits['word']} or a whole number"
     if "length" in limits and len(value) != limits["length"]:

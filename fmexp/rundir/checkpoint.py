@@ -48,6 +48,11 @@ def save(folder: Path, state: dict[str, Any], *, read_back: bool = False) -> Non
         file.write(sealed)
 
 
+def exists(folder: Path) -> bool:
+    """Whether there is a checkpoint, to be read or not."""
+    return any((folder / name).exists() for name in (LATEST, PREVIOUS))
+
+
 def can_keep(part: Any) -> bool:
     """Whether a checkpoint can hold what the `state_dict` of an object gives."""
     try:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from timm.optim import create_optimizer_v2
 from tools import assert_same_weights, interrupt, lenet, noise, small
 from torch import Tensor, nn
 
@@ -68,6 +70,78 @@ def test_the_fused_update_is_close_to_the_plain_one(name: str) -> None:
         optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.001, fused=fused)
         curves.append([float(step.TrainStep(model, optimizer)(*batch)) for batch in noise(20)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+# Groups
+
+
+def groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Weight decay and learning rate of each parameter, by its name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+
+
+def grouped(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    cfg = {"_target_": "torch.optim.AdamW", "lr": 0.1, "weight_decay": 0.01, **settings}
+    return optim.build_optimizer(OmegaConf.create(cfg), model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_the_groups_are_timms(name: str, layer_decay: float | None) -> None:
+    model = timm.create_model(name, num_classes=10)
+    theirs = create_optimizer_v2(model, opt="adamw", lr=0.1, weight_decay=0.01, layer_decay=layer_decay)
+    for group in theirs.param_groups:
+        group["lr"] *= group.get("lr_scale", 1)
+    ours = grouped(model, no_decay=["norm", "bias"], layer_decay=layer_decay)
+    assert groups(ours, model) == groups(theirs, model)
+    assert len(ours.param_groups) == len(theirs.param_groups)
+    assert {decay for decay, _ in groups(ours, model).values()} == {0, 0.01}
+
+
+def test_no_decay_is_of_norms_or_of_biases() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(1, 2, 3), "norm": nn.BatchNorm2d(2)})
+    for names, spared in (
+        ([], set()),
+        (["norm"], {"norm.weight"}),
+        (["bias"], {"conv.bias", "norm.bias"}),
+        (["bias", "norm"], {"conv.bias", "norm.weight", "norm.bias"}),
+    ):
+        assert {
+            name for name, (decay, _) in groups(grouped(model, no_decay=names), model).items() if not decay
+        } == spared
+
+
+class Deep(nn.Module):
+    """A parameter of its own, a layer, three in two containers, one without weights, and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.stem, self.act = nn.Parameter(torch.zeros(1, 2)), nn.Linear(2, 2), nn.ReLU()
+        self.body = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        self.neck, self.head = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))]), nn.Linear(2, 2)
+
+
+def test_layer_decay_lowers_the_rate_layer_by_layer_from_the_last() -> None:
+    model = Deep()
+    rates = {name: rate for name, (_, rate) in groups(grouped(model, layer_decay=0.5), model).items()}
+    assert {name.removesuffix(".weight"): rate for name, rate in rates.items() if not name.endswith("bias")} == {
+        "token": 0.1 / 16, "stem": 0.1 / 16, "body.0": 0.1 / 8, "body.2": 0.1 / 4, "neck.0.0": 0.1 / 2,
+        "neck.0.1": 0.1 / 2, "head": 0.1,
+    }  # fmt: skip
+    assert all(rates[name] == rates[name.replace("bias", "weight")] for name in rates)
+
+
+def test_by_default_there_is_one_group_of_all_parameters() -> None:
+    model = lenet()
+    (group,) = optim.build_optimizer(small().optimizer, model).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
+
+
+def test_layer_decay_without_a_rate_is_refused() -> None:
+    cfg = OmegaConf.create({"_target_": "torch.optim.Adam", "layer_decay": 0.5})
+    with pytest.raises(ConfigError, match=r"layer_decay=0\.5 is a factor of optimizer\.lr, which is not set"):
+        optim.build_optimizer(cfg, lenet())
 
 
 # What an optimizer cannot take

@@ -39,6 +39,12 @@ def test_a_scheduler_inside_an_optimizer(driver: Driver, truth: Callable[..., Pa
     assert_killed_twice_is_the_same(driver, truth, tmp_path / "run", (*BARE, *scheduled))
 
 
+def test_frozen_layers_and_groups_of_parameters(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    groups = ("optimizer=adamw", "optimizer.no_decay=[norm,bias]", "optimizer.layer_decay=0.5")
+    args = (*NO_STAGES, *MODELS["noisy"], *groups, "train.freeze=[body.0,body.1]")
+    assert_killed_twice_is_the_same(driver, truth, tmp_path / "run", args)
+
+
 def assert_killed_twice_is_the_same(
     driver: Driver, truth: Callable[..., Path], folder: Path, args: tuple[str, ...]
 ) -> None:
