@@ -63,9 +63,8 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    run = Run(cfg, device, dataset, model, optimizer, stages, (images, labels), how, how_evaluated)
-    run.begun_from = begun_from
-    return run
+    batch = images, labels
+    return Run(cfg, device, dataset, model, optimizer, stages, batch, how, how_evaluated, begun_from=begun_from)
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:
