@@ -177,7 +177,7 @@ def _kinds(schema: type) -> dict[str, str]:
 
 def _kind(hint: Any, limits: dict[str, Any]) -> str:
     if "one_of" in limits:
-        return _either([_shown(value) for value in limits["one_of"]])
+        return "list of " * ("each" in limits) + _either([_shown(value) for value in limits["one_of"]])
     ranges = [f"{LIMITS[name]} {limit:g}" if isinstance(limit, float) else f"{LIMITS[name]} {limit}"
               for name, limit in limits.items() if name in LIMITS]  # fmt: skip
     kind = f"{limits['word']} or {WORDS[int]}" if "word" in limits else _type(hint)

@@ -71,10 +71,9 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
     loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, batches, steps)
     run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
-              (images, labels), how, how_evaluated)  # fmt: skip
+              (images, labels), how, how_evaluated, begun_from=begun_from)  # fmt: skip
     if augment:
         run.batch = _augmented(run, loaded, labels)
-    run.begun_from = begun_from
     return run
 
 

@@ -147,20 +147,21 @@ def unlike_pretraining(model: nn.Module, dataset: Dataset, keys: Collection[str]
         model: with timm's `pretrained_cfg`, of which `mean`, `std` and `input_size` are read.
         keys: those that the dataset's configuration has.
     """
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    if not cfg:
+    if not (cfg := getattr(model, "pretrained_cfg", None)):
         return ""
     channels, *size = dataset.input_shape
 
     def of_channels(values: Sequence[float]) -> list[float]:
         return [*values] if len(values) == channels else [round(sum(values) / len(values), 3)] * channels
 
-    wanted = {"mean": of_channels(cfg["mean"]), "std": of_channels(cfg["std"]), "image_size": [*cfg["input_size"][1:]]}
-    given = {"mean": of_channels(dataset.mean), "std": of_channels(dataset.std), "image_size": size}
+    wanted, given = (
+        {"mean": of_channels(mean), "std": of_channels(std), "image_size": [*sides]}
+        for mean, std, sides in ((cfg["mean"], cfg["std"], cfg["input_size"][1:]), (dataset.mean, dataset.std, size))
+    )
     other = [key for key in wanted if wanted[key] != given[key]]
     said = ", ".join(f"{key} {wanted[key]} where the dataset has {given[key]}" for key in other)
-    values = {**wanted, "image_size": cfg["input_size"][1]}
-    typed = " ".join(f'"dataset.{key}={values[key]}"'.replace(" ", "") for key in other if key in keys)
+    wanted["image_size"] = wanted["image_size"][0]  # which is square
+    typed = " ".join(f'"dataset.{key}={wanted[key]}"'.replace(" ", "") for key in other if key in keys)
     return f"the pretrained weights expect {said}" + f"; type {typed}" * bool(typed) if other else ""
 
 

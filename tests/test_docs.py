@@ -39,6 +39,8 @@ PLACES = {"multirun/<date>/<time>": SWEPT, "<folder>": SWEPT, "runs/<date>": SWE
 NOT_HERE = {
     "hydra/launcher=slurm": ("sweep.dry_run=true", "needs Slurm: tests/sweep/test_slurm.py looks for one"),
     "hydra/launcher=joblib": ("sweep.dry_run=true", "starts processes, which takes its time: tests/sweep has them"),
+    "model.pretrained=true": ("--cfg=job", "downloads weights: tests/test_models.py has such a file"),
+    "weights=runs/first": ("--cfg=job", "is a run of another command: tests/test_weights.py has one"),
     "dataset=cifar10": ("--cfg=job", "170 MB to download: tests/datasets/test_catalog.py reads its format"),
 }
 # What makes a command small. It stands before the command's own words, so that these win.

@@ -124,9 +124,11 @@ def bad(words: str, *says: str) -> Case:
 COMPOSED = [
     bad("model=lennet", "model/lennet", "Did you mean model=lenet?", "The options of model are ", "lenet, mlp"),
     bad("+stage=mine", "stage/mine", "pr_curves, predictions, projector"),
-    bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, momentum, ", "+optimizer.lrr=0.1"),
+    bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, no_decay, layer_decay, mom",
+        "+optimizer.lrr=0.1"),
     bad("optimizr=adam", "There is no key and no group optimizr. Did you mean optimizer?",
-        "dataset, augment, model, loss, opt", "stage, experiment; the keys are seed, device, objective, resume, train"),
+        "dataset, augment, model, loss, opt",
+        "stage, experiment; the keys are seed, device, objective, resume, weights, weights_strict, train"),
     bad("lr=0.1", "There is no key and no group lr. Did you mean optimizer.lr?"),
     bad("stage.pr_curvs.when=end", "There is no key stage.pr_curvs. Did you mean stage.pr_curves?"),
     bad("optimizer.lr=fast", "optimizer.lr=fast", "could not be converted to Float"),

@@ -13,7 +13,6 @@ from torch import nn
 from torchvision import models as tv_models
 
 from fmexp import compose, execute
-from fmexp.build import build
 from fmexp.config import conf_dir
 from fmexp.datasets import Dataset, Split
 from fmexp.errors import ConfigError
@@ -185,24 +184,30 @@ def test_pretrained_weights_are_adapted(
     assert torch.allclose(state[first], given[channels])
 
 
-@pytest.mark.parametrize("library", BY_NAME)
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        ("torchvision", "mean [0.449] where the dataset has [0.5], std [0.226] where the dataset has [0.5], image_size "
+         '[224, 224] where the dataset has [28, 28]; type "dataset.image_size=224"'),
+        ("timm", 'image_size [160, 160] where the dataset has [28, 28]; type "dataset.image_size=160"'),
+    ],
+)  # fmt: skip
 @pytest.mark.usefixtures("downloaded")
-def test_data_that_do_not_suit_pretrained_weights_are_said(library: str, tmp_path: Path) -> None:
+def test_data_that_do_not_suit_pretrained_weights_are_said(library: str, said: str, tmp_path: Path) -> None:
     chosen = (f"model={library}", f"model.name={SMALLEST[library]}", "model.pretrained=true")
-    cfg = small("logging=light", "train.max_steps=1", *chosen)
-    execute(cfg, tmp_path / "run")
-    said, side = (tmp_path / "run" / "fmexp.log").read_text(), {"torchvision": 224, "timm": 160}[library]
-    assert (
-        "expect mean [0.449] where the dataset has [0.5], std [0.226] where the dataset has [0.5], image_size" in said
-    )
-    assert f'[{side}, {side}] where the dataset has [28, 28]; type "dataset.image_size={side}"\n' in said
-    photo = Split(torch.zeros(1, 3, side, side), torch.zeros(1))
-    suits = Dataset(photo, photo, ["a"], mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    model = build(cfg).model
-    assert unlike_pretraining(model, suits, ()) == ""
-    typed = unlike_pretraining(model, dataclasses.replace(suits, mean=(0.5,)), ("mean", "std"))
-    assert typed.endswith('has [0.5, 0.5, 0.5]; type "dataset.mean=[0.485,0.456,0.406]"')
-    assert unlike_pretraining(nn.Linear(1, 1), suits, ()) == ""
+    execute(small("logging=light", "train.max_steps=1", *chosen), tmp_path)
+    assert f"the pretrained weights expect {said}\n" in (tmp_path / "fmexp.log").read_text()
+
+
+def test_what_pretrained_weights_expect_is_compared_channel_by_channel() -> None:
+    photo = Split(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+    data, model = Dataset(photo, photo, ["a"], mean=(0.4, 0.5, 0.6), std=(0.5,)), nn.Identity()
+    assert unlike_pretraining(model, data, ()) == ""
+    cfg = {"mean": (0.4, 0.5, 0.6), "std": (0.5, 0.5, 0.5), "input_size": (3, 8, 8)}
+    model.pretrained_cfg = cfg
+    assert unlike_pretraining(model, data, ("mean", "std")) == ""
+    said = unlike_pretraining(model, dataclasses.replace(data, mean=(0.5,)), ("mean", "std"))
+    assert said.endswith('where the dataset has [0.5, 0.5, 0.5]; type "dataset.mean=[0.4,0.5,0.6]"')
 
 
 @pytest.mark.parametrize("library", BY_NAME)

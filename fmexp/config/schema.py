@@ -179,9 +179,8 @@ class Torchvision(Model):
 class Timm(Model):
     name: str = MISSING  # which of timm's models, such as vit_tiny_patch16_224
     pretrained: bool = False  # begin from timm's weights, downloaded once; says where the data do not suit them
-    drop_rate: float | None = limited(
-        None, least=0.0, below=1.0
-    )  # dropout before the classifier; null: the model's own
+    # the share of features that each training step leaves out before the classifier; null: the model's own
+    drop_rate: float | None = limited(None, least=0.0, below=1.0)
     # the share of residual branches that each training step leaves out, in models that have them; null: the model's own
     drop_path_rate: float | None = limited(None, least=0.0, below=1.0)
 

@@ -43,8 +43,8 @@ def train_mode(model: nn.Module, patterns: Sequence[str]) -> None:
     model.train()
     for name, module in model.named_modules() if patterns else ():
         if any(True for _ in module.buffers(recurse=False)):
-            inside = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-            if _is_frozen(name, patterns) or (inside and all(_is_frozen(one, patterns) for one in inside)):
+            own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+            if _is_frozen(name, patterns) or (own and not any(own)):
                 module.eval()
 
 
