@@ -150,12 +150,14 @@ def trivial_augment(images: Tensor, labels: Tensor, generator: Generator) -> Bat
     names, strengths = _trivial(len(images), generator)
     changed, kinds = images.clone(), ["Moved" if name in _MOVES else name for name in names]
     for kind in sorted({*kinds} - {"Identity"}):
-        chosen = [index for index, other in enumerate(kinds) if other == kind]
-        by = [strengths[index] for index in chosen]
+        places = [index for index, other in enumerate(kinds) if other == kind]
+        by, chosen = [strengths[index] for index in places], torch.tensor(places, device=images.device)
+        group = images.index_select(0, chosen)
         if kind == "Moved":
-            changed[chosen] = _moved(images[chosen], [names[index] for index in chosen], by)
+            group = _moved(group, [names[index] for index in places], by)
         else:
-            changed[chosen] = _recoloured(images[chosen], kind, torch.tensor(by, device=images.device))
+            group = _recoloured(group, kind, torch.tensor(by, device=images.device))
+        changed.index_copy_(0, chosen, group)
     return changed, labels
 
 
@@ -190,6 +192,7 @@ def _moved(images: Tensor, names: list[str], strengths: list[float]) -> Tensor:
     matrix = torch.tensor(sources).view(-1, 2, 3).transpose(1, 2) / torch.tensor([0.5 * width, 0.5 * height])
     columns, rows = (torch.linspace((1 - side) * 0.5, (side - 1) * 0.5, side) for side in (width, height))
     places = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width), torch.ones(height, width)], -1)
+    # bmm, as torchvision: one larger product would be faster and has other last bits.
     grid = places.view(1, -1, 3).expand(len(images), -1, -1).bmm(matrix).view(-1, height, width, 2)
     return F.grid_sample(images.float(), grid.to(images.device), mode="nearest", align_corners=False).byte()
 
