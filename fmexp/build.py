@@ -42,14 +42,7 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
     stages.sort(key=lambda stage: list(Moment.__members__).index(stage.when))  # as the run comes to them
     _bound("logging", cfg.logging, cfg.logging, log_dir="", comment="", purge_step=None)
-    try:
-        dataset = datasets.load(cfg.dataset)
-        _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
-        datasets.check(dataset)
-    except FmexpError:
-        raise
-    except Exception as error:
-        raise _unbuildable("dataset", cfg.dataset, error) from error
+    dataset = _dataset(cfg)
     with rng.fork(rng.derive_seed(cfg.seed, "batch")):
         dataset = dataset.to(device)
         loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
@@ -75,6 +68,18 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     if augment:
         run.batch = _augmented(run, loaded, labels)
     return run
+
+
+def _dataset(cfg: DictConfig) -> datasets.Dataset:
+    try:
+        dataset = datasets.load(cfg.dataset)
+        _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
+        datasets.check(dataset)
+    except FmexpError:
+        raise
+    except Exception as error:
+        raise _unbuildable("dataset", cfg.dataset, error) from error
+    return dataset
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:

@@ -69,19 +69,25 @@ def execute(
         try:
             return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
-            if full := disk_full(error):
-                raise FmexpError(
-                    f"The disk is full: {output_dir} ({full}). What the last checkpoint holds is safe; make space, "
-                    f"then go on with\n  {resume_command or 'the same call'}"
-                ) from error
-            known = error if isinstance(error, FmexpError) else datasets.killed_worker(error)
-            said = str(known or f"{type(error).__name__}: {error}")
-            log.error("the run failed at step %d: %s", run.step, said, exc_info=None if known else error)
-            with suppress(OSError):
-                _write_result(run, output_dir, tree, "failed", error=said)
-            if known and known is not error:
-                raise known from error
-            raise
+            raised = _failed(error, run, output_dir, tree, resume_command or "the same call")
+            if raised is error:
+                raise
+            raise raised from error
+
+
+def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], command: str) -> Exception:
+    """What to raise for an error that ended a run, which is noted in its folder: itself, or one with a message."""
+    if full := disk_full(error):
+        return FmexpError(
+            f"The disk is full: {output_dir} ({full}). What the last checkpoint holds is safe; make space, then go on "
+            f"with\n  {command}"
+        )
+    known = error if isinstance(error, FmexpError) else datasets.killed_worker(error)
+    said = str(known or f"{type(error).__name__}: {error}")
+    log.error("the run failed at step %d: %s", run.step, said, exc_info=None if known else error)
+    with suppress(OSError):
+        _write_result(run, output_dir, tree, "failed", error=said)
+    return known or error
 
 
 class _Execution:

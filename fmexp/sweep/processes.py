@@ -27,7 +27,6 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
         prepare_data(jobs)
     waiting = deque(jobs)
     executors: list[ProcessPoolExecutor | None] = [None] * workers
-    new = multiprocessing.get_context("spawn")  # a fork would take along this process's threads and its torch
     halt = threading.Event()
     unwritten: list[OSError] = []
 
@@ -37,10 +36,7 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
                 job = waiting.popleft()
             except IndexError:
                 break
-            executor = executors[slot] or ProcessPoolExecutor(
-                1, new, _in_worker, (_environment(slot, workers), workers)
-            )
-            executors[slot] = executor
+            executor = executors[slot] = executors[slot] or _executor(slot, workers)
             progress.started(job.folder)
             try:
                 _result(executor, job, halt)
@@ -67,6 +63,12 @@ def run(jobs: list[Job], workers: int, progress: Progress, *, fail_fast: bool) -
             stop.leave()
         if unwritten:
             raise unwritten[0]
+
+
+def _executor(slot: int, workers: int) -> ProcessPoolExecutor:
+    """A worker process. Spawned, for a fork would take along this process's threads and its torch."""
+    new = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, new, _in_worker, (_environment(slot, workers), workers))
 
 
 def _result(executor: ProcessPoolExecutor, job: Job, halt: threading.Event) -> None:
