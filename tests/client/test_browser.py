@@ -55,7 +55,7 @@ def test_time_series_opens_on_curves(page: Page, singles: TensorBoard) -> None:
     assert groups == ["test", "train", "view", "wall_seconds", "within_class_accuracy"]
     opened = page.locator("card-view").all_inner_texts()  # of the first two groups; TensorBoard opens no more
     names = ["".join(text.partition("Alt")[0].split()) for text in opened]  # as in "Alt + Scroll to Zoom"
-    assert names == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss"]
+    assert names == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "train/lr"]
 
 
 def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: TensorBoard) -> None:
@@ -63,7 +63,7 @@ def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: T
     browser.open_tab(page, singles.url, "hparams")
     table = page.locator("tf-hparams-table-view")
     places = []
-    for name in ("test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds"):
+    for name in ("test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "train/lr"):
         column = table.get_by_text(name, exact=True).first
         column.wait_for(state="attached")
         places.append(column.evaluate("element => element.getBoundingClientRect().x"))
