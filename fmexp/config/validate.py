@@ -35,7 +35,7 @@ def check(cfg: DictConfig) -> None:
             check_target(group, cfg[group])
         _check_own_keys(cfg.dataset)
         for key, value, _ in _limited_values(cfg, ""):
-            for one in value if OmegaConf.is_list(value) else [value]:
+            for one in value if OmegaConf.is_config(value) else [value]:
                 if isinstance(one, str) and (problem := no_text(one)):
                     raise ConfigError(f"{key}={one} {problem}. Name another.")
         for name, stage in cfg.stage.items():
@@ -217,7 +217,7 @@ def _outside(value: Any, limits: dict[str, Any]) -> str | None:
         return None if value == limits["word"] else f"must be {limits['word']} or a whole number"
     if "length" in limits and len(value) != limits["length"]:
         return f"must be {limits['length']} numbers"
-    for one in value if OmegaConf.is_list(value) else [value]:
+    for one in value if OmegaConf.is_config(value) else [value]:  # a list, or a tuple, which 1.4 has of its own
         if isinstance(one, float) and not math.isfinite(one):
             return "must be a finite number"
         if isinstance(one, int) and not -(2**63) <= one < 2**63:
