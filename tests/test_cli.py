@@ -317,7 +317,8 @@ def test_the_announcement_goes_on_below_its_column(width: int, tmp_path: Path, m
     assert all(re.match(r" {11}\S", line) for part in announced.values() for line in part[1:])
     items = [item for line in announced["stages"] for item in line[11:].removesuffix(",").split(", ")]
     moments = {"image_grid": "start", "predictions": "log", "confusion_matrix": "end", "per_class_accuracy": "end"}
-    assert items == [f"{name} ({moment})" for name, moment in moments.items()]  # none of them is on two lines
+    known = [item for item in items if item.split(" ")[0] in moments]  # there may be more than those of today
+    assert known == [f"{name} ({moment})" for name, moment in moments.items()]  # none of them is on two lines
     settings = "AdamW, lr 0.001, betas [0.9, 0.999], eps 1e-08, weight_decay 0.01"
     assert " ".join(line[11:] for line in announced["optimizer"]) == settings
     assert (len(announced["stages"]) > 1) == (width < 90)
