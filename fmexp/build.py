@@ -23,7 +23,7 @@ from fmexp.engine import backend, evaluation
 from fmexp.engine.freeze import freeze, train_mode
 from fmexp.engine.loss import Loss, weights_of_classes
 from fmexp.engine.optim import build_optimizer
-from fmexp.engine.schedule import Schedule
+from fmexp.engine.schedule import Schedule, varies
 from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, steps_per_epoch, total_steps
 
@@ -62,7 +62,7 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, batches, steps)
+    loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, optimizer, batches, steps)
     run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
               (images, labels), how, how_evaluated, begun_from=begun_from)  # fmt: skip
     if augment:
@@ -186,8 +186,8 @@ def _loss(cfg: DictConfig, dataset: datasets.Dataset, device: torch.device) -> L
     loss = _bound("loss", cfg.loss, arguments, None, None)
     if wanted is not None:
         plain: Any = OmegaConf.to_object(wanted) if OmegaConf.is_config(wanted) else wanted
-        weights = weights_of_classes(plain, datasets.labels(dataset.train), classes)
-        loss = partial(loss, class_weights=weights.to(device))
+        class_weights = weights_of_classes(plain, datasets.labels(dataset.train), classes)
+        loss = partial(loss, class_weights=class_weights.to(device))
     try:
         value = loss(torch.zeros(2, classes, device=device), torch.zeros(2, dtype=torch.int64, device=device))
         if not isinstance(value, Tensor) or value.dim():
@@ -197,12 +197,10 @@ def _loss(cfg: DictConfig, dataset: datasets.Dataset, device: torch.device) -> L
     return loss
 
 
-def _schedule(cfg: DictConfig, batches: int, steps: int) -> Schedule:
+def _schedule(cfg: DictConfig, optimizer: Optimizer, batches: int, steps: int) -> Schedule:
     """The schedule; what it asks for of these it is given: batches an epoch, the rate, which objective is better."""
-    node, known = (
-        cfg.schedule,
-        {"steps_per_epoch": batches, "lr": cfg.optimizer.lr, "maximised": maximised(cfg.objective)},
-    )
+    node, rate = cfg.schedule, optimizer.param_groups[0].get("lr")
+    known = {"steps_per_epoch": batches, "lr": rate, "maximised": maximised(cfg.objective)}
     try:
         target = hydra.utils.get_object(node._target_)
         asked = {name: known[name] for name in inspect.signature(target).parameters if name in known}
@@ -217,6 +215,11 @@ def _schedule(cfg: DictConfig, batches: int, steps: int) -> Schedule:
             float(schedule(step, steps))
     except Exception as error:
         raise _unbuildable("schedule", node, error) from error
+    if rate is None and varies(schedule):
+        raise ConfigError(
+            f"schedule._target_={node._target_} changes the learning rate, and optimizer._target_="
+            f"{cfg.optimizer._target_} has none. Take schedule=constant."
+        )
     return schedule
 
 

@@ -17,7 +17,7 @@ from fmexp.engine.compile import compiled_backward
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
 from fmexp.engine.extra_state import ExtraState
 from fmexp.engine.freeze import train_mode
-from fmexp.engine.schedule import Following, LearningRate
+from fmexp.engine.schedule import Following, LearningRate, varies
 from fmexp.engine.step import Backward, Step, TrainStep, plain_backward
 from fmexp.errors import first_line
 from fmexp.process import Stop
@@ -112,7 +112,7 @@ class Trainer:
         recorder = find_recorder(run)
         if recorder is None:
             return self.train_step
-        if self.rate.varies:
+        if varies(run.schedule):
             self.rate.on_device(run.device)
         return GraphedStep(self.train_step, run.model, run.optimizer, self.batch_size, recorder)
 
@@ -147,7 +147,8 @@ class Trainer:
         loss = mean_loss(run.losses, run.step)
         run.losses.clear()
         run.scalar(run.cfg.train.tag, loss)
-        run.writer.add_scalar("train/lr", self.rate.value, run.step)  # no metrics: nobody ranks runs by them
+        if (rate := self.rate.value) is not None:  # no metrics, this and the norm: nobody ranks runs by them
+            run.writer.add_scalar("train/lr", rate, run.step)
         if run.cfg.train.clip_grad is not None:
             run.writer.add_scalar("train/grad_norm", float(self.train_step.grad_norm), run.step)
         log.info("step %d: %s %.4f", run.step, run.cfg.train.tag, loss)
@@ -165,7 +166,9 @@ class Trainer:
         run.scalar("test/accuracy", evaluation.accuracy)
         best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone
         run.scalar(best, max(evaluation.accuracy, run.metrics.get(best, 0.0)))
-        if isinstance(run.schedule, Following):
+        if (
+            isinstance(run.schedule, Following) and run.cfg.objective in run.metrics
+        ):  # train.tag comes with train.log_every
             run.schedule.after_epoch(run.metrics[run.cfg.objective])
         log.info("epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, evaluation.accuracy, evaluation.loss)
         self.run_stages("epoch")
@@ -240,7 +243,8 @@ class Trainer:
         run.model.load_state_dict(state["model"])
         for saved, group in zip(state["optimizer"].get("param_groups", ()), run.optimizer.param_groups, strict=False):
             saved.update({name: group[name] for name in ("fused", "capturable") if name in group})  # of this device
-            saved["lr"] = float(saved["lr"])
+            if "lr" in saved:
+                saved["lr"] = float(saved["lr"])  # on CUDA it was a tensor, perhaps
         run.optimizer.load_state_dict(state["optimizer"])
         self.rate.factor = state["lr_factor"]
         if isinstance(run.schedule, Following):

@@ -138,6 +138,12 @@ def _between(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
+def varies(schedule: Schedule) -> bool:
+    """Whether the factor may ever be another than 1."""
+    function = getattr(schedule, "func", None)
+    return function is not constant or schedule.keywords["warmup_epochs"] > 0  # type: ignore[attr-defined]
+
+
 class LearningRate:
     """Gives each of an optimizer's groups its own rate, as configured, times the schedule's factor.
 
@@ -147,19 +153,13 @@ class LearningRate:
 
     def __init__(self, optimizer: Optimizer, schedule: Schedule, total: int) -> None:
         self.optimizer, self.schedule, self.total = optimizer, schedule, total
-        self.base = [float(group["lr"]) for group in optimizer.param_groups]
+        self.base = [_rate(group) for group in optimizer.param_groups]
         self.factor = 1.0
 
     @property
-    def varies(self) -> bool:
-        """Whether the factor may ever be another than 1."""
-        function = getattr(self.schedule, "func", None)
-        return function is not constant or self.schedule.keywords["warmup_epochs"] > 0  # type: ignore[attr-defined]
-
-    @property
-    def value(self) -> float:
-        """The first group's rate, as the last step had it."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def value(self) -> float | None:
+        """The first group's rate, as the last step had it; None where it has none."""
+        return _rate(self.optimizer.param_groups[0])
 
     def set(self, step: int) -> None:
         """Set the rates of the step after `step` batches."""
@@ -167,6 +167,8 @@ class LearningRate:
         if factor != self.factor:
             self.factor = factor
             for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+                if base is None:
+                    continue
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(base * factor)
                 else:
@@ -177,3 +179,8 @@ class LearningRate:
         captured as it was."""
         for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
+
+
+def _rate(group: dict[str, Any]) -> float | None:
+    """The rate of an optimizer's group; one of somebody else's may have none."""
+    return float(group["lr"]) if "lr" in group else None

@@ -131,7 +131,7 @@ def test_a_constant_rate_is_left_to_the_optimizer() -> None:
     optimizer.param_groups[0]["lr"] = 0.03
     rate.set(5)
     assert rate.value == 0.03
-    assert not rate.varies
+    assert not schedule.varies(rate.schedule)
 
 
 def test_each_group_keeps_its_own_rate() -> None:
@@ -174,3 +174,46 @@ def test_a_graph_follows_the_rate(kind: type[torch.optim.Optimizer]) -> None:
 def test_what_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build(small(*words))
+
+
+class Rateless(torch.optim.Optimizer):
+    """An optimizer of somebody else's, which has no learning rate."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad, alpha=0.01)
+
+
+def own_optimizer(folder: Path, target: str) -> tuple[str, ...]:
+    """The words that choose an optimizer by a YAML of one line."""
+    (folder / "optimizer").mkdir(parents=True)
+    (folder / "optimizer" / "own.yaml").write_text(f"_target_: {target}\n")
+    return "optimizer=own", f"hydra.searchpath=[{folder.as_uri()}]", "logging=light", "train.checkpoint_every=3"
+
+
+@pytest.mark.parametrize("target", ["torch.optim.SGD", "test_schedule.Rateless"])
+def test_an_optimizer_whose_yaml_has_no_rate_is_trained_and_goes_on(target: str, tmp_path: Path) -> None:
+    cfg = small(*own_optimizer(tmp_path / "conf", target))
+    execute(cfg, tmp_path / "whole")
+    interrupt(cfg, tmp_path / "resumed", 8)
+    execute(cfg, tmp_path / "resumed")
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+    written = read_events(tmp_path / "whole").Tags()["scalars"]
+    assert ("train/lr" in written) == (target == "torch.optim.SGD")
+
+
+def test_a_schedule_without_a_rate_to_change_is_refused(tmp_path: Path) -> None:
+    words = own_optimizer(tmp_path, "test_schedule.Rateless")
+    with pytest.raises(ConfigError, match="_target_=test_schedule.Rateless has none. Take schedule=constant"):
+        build(small(*words, "schedule=cosine"))
+
+
+def test_plateau_waits_for_an_objective_that_is_not_there_yet(tmp_path: Path) -> None:
+    """The running loss is first written in the second epoch."""
+    words = ("schedule=plateau", "schedule.patience=0", "objective=train/loss", "train.log_every=20", "train.epochs=2")
+    execute(small(*words, "logging=light"), tmp_path)
+    assert [event.step for event in read_events(tmp_path).Scalars("train/lr")] == [20, 32]
