@@ -77,7 +77,7 @@ def _text(items: dict[str, Any], key: str) -> str | None:
 
 def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     """A run's row in HPARAMS: what was chosen of each group, and the settings of what is trained and how."""
-    values = {group: tree[group]["_target_"].rpartition(".")[2] for group in _GROUPS if group in tree}
+    values = {group: tree[group]["_target_"].rpartition(".")[2] for group in GROUPS if group in tree}
     for key, value in identity(tree).items():
         if key.startswith("backend.") and value == "auto":
             continue  # only what was chosen deserves a column
@@ -87,8 +87,8 @@ def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     return values
 
 
-_GROUPS = ("dataset", "augment", "model", "loss", "optimizer", "schedule")
+GROUPS = ("dataset", "augment", "model", "loss", "optimizer", "schedule")
 _HPARAMS = (
-    "seed", "weights", *(f"{group}." for group in _GROUPS), "backend.", "train.epochs", "train.batch_size",
+    "seed", "weights", *(f"{group}." for group in GROUPS), "backend.", "train.epochs", "train.batch_size",
     "train.max_steps", "train.precision", "train.clip_grad", "train.accumulate", "train.ema", "train.freeze",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from fmexp.config.identity import OWN, flat
+from fmexp.config.identity import GROUPS, OWN, flat
 from fmexp.config.location import conf_dir
 from fmexp.config.schema import Config, Moment
 from fmexp.errors import ConfigError, is_utf8
@@ -31,7 +31,7 @@ def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming key and value, for what Hydra's types let through."""
     check_keys(cfg)
     with in_words():
-        for group in ("dataset", "augment", "model", "loss", "optimizer", "schedule", "logging"):
+        for group in (*GROUPS, "logging"):
             check_target(group, cfg[group])
         _check_own_keys(cfg.dataset)
         for key, value, _ in _limited_values(cfg, ""):

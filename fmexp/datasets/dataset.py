@@ -197,7 +197,7 @@ def stack(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 def check_file(path: str | os.PathLike[str]) -> None:
     """Raise DataError for what is there and no file: a named pipe that is opened blocks for ever."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path) and os.path.exists(path):
         raise DataError(f"{path} is a folder, a named pipe or a device where a file is needed.")
 
 

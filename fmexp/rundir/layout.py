@@ -18,6 +18,7 @@ from fmexp.rundir import atomic, bounded
 
 RESULT, CONFIG = "result.json", ".hydra/config.yaml"
 LOCK, OWNER = ".lock", ".lock.owner"
+# The last two are checkpoint.py's, which imports torch.
 FILES = (RESULT, CONFIG, LOCK, OWNER, "fmexp.log", "model.pt", "checkpoint.pt", "checkpoint.previous.pt")
 
 

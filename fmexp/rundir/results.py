@@ -49,6 +49,11 @@ class Result:
     error: str
     content: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The folder's name, to be shown."""
+        return printable(self.folder.name)
+
     @cached_property
     def scalars(self) -> dict[str, list[tuple[int, float]]]:
         """Every point that the event files hold of each scalar: tag -> [(step, value)], as float32 keeps the value.

@@ -30,11 +30,6 @@ class Member(results.Result):
 
     overrides: dict[str, str]
 
-    @property
-    def name(self) -> str:
-        """The folder's name, to be shown."""
-        return printable(self.folder.name)
-
 
 def read(root: str | Path) -> list[Member]:
     """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""

@@ -156,7 +156,7 @@ class Progress:
         failed = sum(status == "failed" for status in self.members.values())
         words = [f"{failed} failed"] if failed else []
         if self.best is not None:
-            words.append(f"best {self.best.objective:.4f} ({printable(self.best.folder.name)[:24]})")
+            words.append(f"best {self.best.objective:.4f} ({self.best.name[:24]})")
         if self._bar is not None:
             self._bar.n = self.ended_members
             self._bar.set_postfix_str(", ".join(words))
