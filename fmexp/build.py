@@ -200,7 +200,7 @@ def _loss(cfg: DictConfig, dataset: datasets.Dataset, device: torch.device) -> L
 def _schedule(cfg: DictConfig, optimizer: Optimizer, batches: int, steps: int) -> Schedule:
     """The schedule; what it asks for of these it is given: batches an epoch, the rate, which objective is better."""
     node, rate = cfg.schedule, optimizer.param_groups[0].get("lr")
-    known = {"steps_per_epoch": batches, "lr": rate, "maximised": maximised(cfg.objective)}
+    known = {"steps_per_epoch": batches, "lr": rate or 1.0, "maximised": maximised(cfg.objective)}
     try:
         target = hydra.utils.get_object(node._target_)
         asked = {name: known[name] for name in inspect.signature(target).parameters if name in known}
