@@ -2,6 +2,7 @@
 an epoch of data that is loaded or augmented against a plain loop; the memory of a run, in bytes.
 
     python benchmarks/loops.py training <pairs> <batches> device=<device> <override>...
+    python benchmarks/loops.py options <pairs> <batches> device=<device> <override>...
     python benchmarks/loops.py evaluation <pairs>
     python benchmarks/loops.py data <pairs> <kind> <workers> <folder of the data> <part> <override>...
     python benchmarks/loops.py memory 1 <override>...
@@ -22,6 +23,7 @@ from unittest import mock
 import torch
 from hydra.utils import instantiate
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST, ImageFolder
@@ -33,6 +35,7 @@ from fmexp.rundir import tensorboard
 from fmexp.trainer import Trainer
 
 DEFAULT_THREADS = torch.get_num_threads()
+OPTIONS = ["schedule=cosine", "loss.label_smoothing=0.1", "train.clip_grad=1.0", "train.ema=0.999"]
 
 
 def clock() -> float:
@@ -42,15 +45,20 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def bare(overrides: list[str], batches: int, threads: int) -> float:
-    """Seconds of a plain loop of PyTorch's defaults over normalised images in memory, without any logging."""
+def bare(overrides: list[str], batches: int, threads: int, options: bool = False) -> float:
+    """Seconds of a plain loop of PyTorch's defaults over normalised images in memory, without any logging.
+
+    With `options` it has the four of OPTIONS, as torch has them.
+    """
     cfg = compose(overrides)
     run = build(cfg)
     data = run.dataset
     images, labels = data.normalise(data.train.images), data.train.labels
     model, size = run.model.train(), cfg.train.batch_size
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.optimizer.lr, momentum=cfg.optimizer.momentum)
-    criterion = nn.CrossEntropyLoss()
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1 if options else 0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, batches)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
     torch.set_num_threads(threads)
     began = clock()
     done = 0
@@ -59,7 +67,12 @@ def bare(overrides: list[str], batches: int, threads: int) -> float:
             optimizer.zero_grad()
             loss = criterion(model(images[chosen]), labels[chosen])
             loss.backward()
+            if options:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            if options:
+                schedule.step()
+                average.update_parameters(model)
             done += 1
     seconds = clock() - began
     torch.set_num_threads(DEFAULT_THREADS)
@@ -209,11 +222,14 @@ def main(what: str, pairs: int, *rest: str) -> None:
         }
     else:
         batches, overrides = int(rest[0]), ["experiment=tutorial", "train.epochs=1000", *rest[1:]]
+        options = what == "options"
         work = {
-            "fmexp": lambda: ours(overrides, batches),
-            "bare": lambda: bare(overrides, batches, DEFAULT_THREADS),
+            "fmexp": lambda: ours([*overrides, *(OPTIONS if options else [])], batches),
+            "bare": lambda: bare(overrides, batches, DEFAULT_THREADS, options),
         }
-        if "device=cpu" in overrides:
+        if options:
+            work["fmexp, bf16"] = lambda: ours([*overrides, *OPTIONS, "train.precision=bf16"], batches)
+        elif "device=cpu" in overrides:
             work["bare, one thread"] = lambda: bare(overrides, batches, 1)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(pairs):

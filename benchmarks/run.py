@@ -98,6 +98,18 @@ class Bench:
             for name, b in seconds.items():
                 yield f"training, {model}, batch {size}", f"{a * 1e3:.2f} ms", name, f"{b * 1e3:.2f} ms", b / a, 1
 
+    def options(self) -> Iterator[tuple]:
+        """Cosine, clipping, an average of the weights and label smoothing, against the same written by hand."""
+        for model, size, count in LOOPS:
+            batches = max(2, count // self.scale)
+            *_, last = child(str(HERE / "loops.py"), "options", str(self.pairs), str(batches),
+                             f"device={self.device}", f"model={model}", f"train.batch_size={size}")  # fmt: skip
+            seconds = {name: statistics.median(values) / batches for name, values in json.loads(last).items()}
+            a, b, low = (seconds[name] for name in ("fmexp", "bare", "fmexp, bf16"))
+            work = f"cosine, clip, average, smoothing: {model}, batch {size}"
+            yield work, f"{a * 1e3:.2f} ms", "bare", f"{b * 1e3:.2f} ms", b / a, 0.95
+            yield work, f"{low * 1e3:.2f} ms with bf16", "with 32", f"{a * 1e3:.2f} ms", a / low, 0
+
     def networks(self) -> Iterator[tuple]:
         """Networks of torchvision and timm, 32x32, a training step as the rules have it against PyTorch's defaults."""
         lines = subprocess.Popen(
@@ -235,7 +247,7 @@ def unpack(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = ["whole", "training", "data", "networks", "evaluation", "sweep", "start"]
+    rows = ["whole", "training", "options", "data", "networks", "evaluation", "sweep", "start"]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="which rows")
     parser.add_argument("--pairs", type=int, default=3, help="how often each of two is measured")
     parser.add_argument("--quick", action="store_true", help="a tenth of the batches; says how it works, not how fast")
