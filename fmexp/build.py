@@ -23,7 +23,7 @@ from fmexp.engine import backend, evaluation
 from fmexp.engine.freeze import freeze, train_mode
 from fmexp.engine.loss import Loss, weights_of_classes
 from fmexp.engine.optim import build_optimizer
-from fmexp.engine.schedule import Schedule, varies
+from fmexp.engine.schedule import Following, Schedule, varies
 from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, steps_per_epoch, total_steps
 
@@ -62,7 +62,7 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     except Exception as error:
         raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
-    loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, optimizer, batches, steps)
+    loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, dataset, optimizer, batches, steps)
     run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
               (images, labels), how, how_evaluated, begun_from=begun_from)  # fmt: skip
     if augment:
@@ -75,6 +75,7 @@ def _dataset(cfg: DictConfig) -> datasets.Dataset:
         dataset = datasets.load(cfg.dataset)
         _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
         datasets.check(dataset)
+        dataset = datasets.with_validation(dataset, cfg.train.validation)
     except FmexpError:
         raise
     except Exception as error:
@@ -204,7 +205,7 @@ def _loss(cfg: DictConfig, dataset: datasets.Dataset, device: torch.device) -> L
     return loss
 
 
-def _schedule(cfg: DictConfig, optimizer: Optimizer, batches: int, steps: int) -> Schedule:
+def _schedule(cfg: DictConfig, dataset: datasets.Dataset, optimizer: Optimizer, batches: int, steps: int) -> Schedule:
     """The schedule; what it asks for of these it is given: batches an epoch, the rate, which objective is better."""
     node, rate = cfg.schedule, optimizer.param_groups[0].get("lr")
     known = {"steps_per_epoch": batches, "lr": rate or 1.0, "maximised": maximised(cfg.objective)}
@@ -222,6 +223,11 @@ def _schedule(cfg: DictConfig, optimizer: Optimizer, batches: int, steps: int) -
             float(schedule(step, steps))
     except Exception as error:
         raise _unbuildable("schedule", node, error) from error
+    if isinstance(schedule, Following) and dataset.val is not None and cfg.objective.startswith("test/"):
+        raise ConfigError(
+            f"schedule._target_={node._target_} follows objective={cfg.objective}, which is measured once, at the end. "
+            "Take objective=val/accuracy."
+        )
     if rate is None and varies(schedule):
         raise ConfigError(
             f"schedule._target_={node._target_} changes the learning rate, and optimizer._target_="

@@ -124,7 +124,7 @@ class _Execution:
                     rng.set_state(state["random"])
                 try:
                     self.trainer.fit()
-                    run.run_stages("end")
+                    self.trainer.finish()
                     status = "complete"
                 except DivergedError as diverged:
                     log.error("the run diverged: %s. A smaller optimizer.lr is the usual cure.", diverged)
@@ -168,7 +168,9 @@ class _Execution:
         counts = [sum(p.numel() for p in run.model.parameters() if p.requires_grad >= trained) for trained in (0, 1)]
         trained = f", {counts[1]:,} of them trained" * (counts[0] != counts[1])
         images = " + ".join(
-            f"{datasets.length(part):,} {name}" for part, name in ((data.train, "training"), (data.test, "test"))
+            f"{datasets.length(part):,} {name}"
+            for part, name in ((data.train, "training"), (data.val, "validation"), (data.test, "test"))
+            if part is not None
         )
         for name, text in (
             ("data", data.description or target(cfg.dataset)),
@@ -253,6 +255,8 @@ def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str,
         "objective": objective if math.isfinite(objective) else None,
         "metrics": {tag: value if math.isfinite(value) else None for tag, value in run.metrics.items()},
         "steps": run.step,
+        "epochs": run.epoch,
+        "best_epoch": run.best_epoch,
         "seconds": round(run.seconds, 3),
         "config_digest": config.digest(tree),
         "failures": run.failures,

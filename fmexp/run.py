@@ -61,8 +61,10 @@ class Run:
         losses: of the batches since the last running loss.
         loss, schedule: what is trained for, and the factor of the learning rate at each step.
         average: the running average of the weights (train.ema), or None.
+        split: what is evaluated now: val during training, where there is a validation split, and test at the end.
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
+        best_epoch: whose weights were kept, once training has ended; None: the last ones.
         begun_from: what was taken from cfg.weights, in words; empty where nothing was.
         backend, evaluation_backend: how the training and the evaluation are computed.
     """
@@ -88,10 +90,15 @@ class Run:
     failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     begun_from: str = ""
+    best_epoch: int | None = None
+    split: str = field(init=False)
     output_dir: Path = field(init=False)
     writer: SummaryWriter = field(init=False)
     _evaluations: dict[str, Evaluation] = field(default_factory=dict, init=False)
     _told: set[str] = field(default_factory=set, init=False)  # stages that were warned of
+
+    def __post_init__(self) -> None:
+        self.split = "test" if self.dataset.val is None else "val"
 
     @property
     def kept(self) -> nn.Module:
@@ -99,14 +106,14 @@ class Run:
         return self.average.module if self.average else self.model
 
     def evaluate(self, split: str) -> Evaluation:
-        """What the model, as it is now, says of a split ("train" or "test"): one pass, kept until the next batch."""
+        """What the model, as it is now, says of a split (train, val, test): one pass, kept until the next batch."""
         if split not in self._evaluations:
             how = self.evaluation_backend
             with eval_mode(self.kept, rng.derive_seed(self.cfg.seed, "evaluation")), how.applied():
                 self._evaluations[split] = evaluate(
                     self.kept,
                     self.dataset,
-                    getattr(self.dataset, split),
+                    self.dataset.splits[split],
                     device=self.device,
                     workers=self.workers,
                     memory_format=how.memory_format,
@@ -137,8 +144,8 @@ class Run:
 
     @property
     def evaluation(self) -> Evaluation:
-        """The evaluation of the test split."""
-        return self.evaluate("test")
+        """The evaluation of `split`."""
+        return self.evaluate(self.split)
 
     def scalar(self, tag: str, value: float) -> None:
         """Write a metric at the current step."""

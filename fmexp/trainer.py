@@ -13,11 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fmexp import datasets, rng
+from fmexp.config import maximised
 from fmexp.engine.compile import compiled_backward
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
+from fmexp.engine.evaluation import Evaluation
 from fmexp.engine.extra_state import ExtraState
 from fmexp.engine.freeze import train_mode
 from fmexp.engine.schedule import Following, LearningRate, varies
+from fmexp.engine.selection import Selection
 from fmexp.engine.step import Backward, Step, TrainStep, plain_backward
 from fmexp.errors import first_line
 from fmexp.process import Stop
@@ -25,6 +28,9 @@ from fmexp.run import Run, eval_mode, steps_per_epoch, total_steps
 from fmexp.rundir import checkpoint, tensorboard
 
 log = logging.getLogger(__name__)
+
+
+NAMES = {"val": "validation", "test": "test"}
 
 
 class DivergedError(Exception):
@@ -68,6 +74,10 @@ class Trainer:
         self.saved, self.save_seconds = self.started, 0.05  # when the last checkpoint was written, and how long it took
         self.first_save = True
         self.extra = ExtraState(run.model, run.optimizer, checkpoint.can_keep)
+        self.selection = Selection(
+            maximised=maximised(run.cfg.objective), keep=cfg.keep == "best" and run.cfg.objective.startswith("val/"),
+            patience=cfg.patience, min_delta=cfg.min_delta,
+        )  # fmt: skip
 
     def fit(self) -> None:
         """Train to the end.
@@ -84,7 +94,7 @@ class Trainer:
             total=self.total_steps, initial=run.step, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True
         )
         with bar, datasets.Workers(run.dataset, run.cfg.train.num_workers, run.device) as workers:
-            while run.step < self.total_steps:
+            while run.step < self.total_steps and not self.selection.exhausted:
                 order = datasets.order(seed, run.epoch, datasets.length(run.dataset.train))
                 rest = order[run.position * self.batch_size :]  # of an epoch that was begun before a stop
                 train_mode(run.model, run.cfg.train.freeze)
@@ -159,19 +169,45 @@ class Trainer:
         run = self.run
         if run.losses:
             mean_loss(run.losses, run.step)  # a model that has diverged is not evaluated
-        evaluation = run.evaluate("test")
+        evaluation = self.evaluate()
+        best = f"{run.split}/accuracy/best"  # for HPARAMS, which knows the last value alone
+        run.scalar(best, max(evaluation.accuracy, run.metrics.get(best, 0.0)))
+        if (objective := run.metrics.get(run.cfg.objective)) is not None:  # train.tag comes with train.log_every
+            self.selection.after_epoch(objective, run.epoch, run.metrics, run.kept)
+            if isinstance(run.schedule, Following):
+                run.schedule.after_epoch(objective)
+        log.info("epoch %d: %s accuracy %.4f, %s loss %.4f",
+                 run.epoch, NAMES[run.split], evaluation.accuracy, NAMES[run.split], evaluation.loss)  # fmt: skip
+        self.run_stages("epoch")
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the split that is looked at now, and write its metrics."""
+        run = self.run
+        evaluation = run.evaluation
         if not math.isfinite(evaluation.loss):
             raise DivergedError(run.step, evaluation.loss)
-        run.scalar("test/loss", evaluation.loss)
-        run.scalar("test/accuracy", evaluation.accuracy)
-        best = "test/accuracy/best"  # for HPARAMS, which knows the last value alone
-        run.scalar(best, max(evaluation.accuracy, run.metrics.get(best, 0.0)))
-        if (
-            isinstance(run.schedule, Following) and run.cfg.objective in run.metrics
-        ):  # train.tag comes with train.log_every
-            run.schedule.after_epoch(run.metrics[run.cfg.objective])
-        log.info("epoch %d: test accuracy %.4f, test loss %.4f", run.epoch, evaluation.accuracy, evaluation.loss)
-        self.run_stages("epoch")
+        run.scalar(f"{run.split}/loss", evaluation.loss)
+        run.scalar(f"{run.split}/accuracy", evaluation.accuracy)
+        return evaluation
+
+    def finish(self) -> None:
+        """After training: take the weights that are kept, evaluate the test split, where that is not done at each
+        epoch, and execute the stages on `end`."""
+        run, best = self.run, self.selection.best
+        if run.losses:
+            self.log()
+        if self.selection.exhausted and run.step < self.total_steps:
+            log.info("ended early: %s has not improved for %d epochs", run.cfg.objective, self.selection.waited)
+        if self.selection.weights:
+            run.kept.load_state_dict(self.selection.weights)
+            run.metrics.update({tag: value for tag, value in best["metrics"].items() if tag.startswith("val/")})
+            run.best_epoch = best["epoch"]
+            log.info("kept: the weights of epoch %d, %s %.4f", best["epoch"], run.cfg.objective, best["score"])
+        if run.split == "val":
+            run.split = "test"
+            run.forget_evaluations()
+            self.evaluate()
+        self.run_stages("end")
 
     def run_stages(self, moment: str) -> None:
         """Execute the stages of a moment, and tell a graph of the step that they may have changed something."""
@@ -230,6 +266,7 @@ class Trainer:
             # of a window that is not full; else the next step begins by forgetting them
             "gradients": [] if self.train_step.ends else [p.grad for p in run.model.parameters()],
             "extra": self.extra.state_dict(),
+            "selection": self.selection.state_dict(),
             "random": rng.get_state(),
             "backend": asdict(run.backend),
         }
@@ -255,6 +292,7 @@ class Trainer:
         for parameter, gradient in zip(run.model.parameters(), state["gradients"], strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self.extra.load_state_dict(state.get("extra", {}))
+        self.selection.load_state_dict(state["selection"])
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
         run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]

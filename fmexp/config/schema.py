@@ -42,6 +42,10 @@ class Train:
     log_every: int = limited(1000, least=1)
     max_steps: int | None = limited(None, least=1)
     num_workers: Any = limited("auto", word="auto", least=0)
+    validation: float = limited(0.0, least=0.0, below=1.0)
+    keep: str = limited("best", one_of=("best", "last"))
+    patience: int | None = limited(None, least=1)
+    min_delta: float = limited(0.0, least=0.0)
     precision: Any = limited(32, one_of=(32, "bf16"))
     clip_grad: float | None = limited(None, above=0.0)
     accumulate: int = limited(1, least=1)
@@ -87,7 +91,7 @@ class Config:
 
 def maximised(objective: str) -> bool:
     """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
-    return objective == "test/accuracy"
+    return objective in ("test/accuracy", "val/accuracy")
 
 
 # What a key means is said once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.

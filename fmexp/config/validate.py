@@ -166,7 +166,19 @@ def _check_own_keys(dataset: DictConfig) -> None:
 
 
 def _check_tags(cfg: DictConfig) -> None:
-    written = ["test/accuracy", "test/loss"]
+    train, written = cfg.train, ["test/accuracy", "test/loss"]
+    if train.validation:
+        written += ["val/accuracy", "val/loss"]
+    elif str(cfg.objective).startswith("val/"):
+        raise ConfigError(
+            f"objective={cfg.objective} is of the validation split, and train.validation={train.validation:g} holds "
+            "none out. Take a share, such as train.validation=0.1."
+        )
+    if train.patience is not None and str(cfg.objective).startswith("test/"):
+        raise ConfigError(
+            f"train.patience={train.patience} would end training by objective={cfg.objective}, and so choose by the "
+            "test split. Take objective=val/accuracy with train.validation=0.1."
+        )
     if cfg.objective not in (*written, cfg.train.tag):
         raise ConfigError(f"objective={cfg.objective} must be one of {', '.join((*written, cfg.train.tag))}.")
     taken = {tag: tag for tag in (*written, "train/lr", "train/grad_norm", "wall_seconds", "config")}

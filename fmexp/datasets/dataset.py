@@ -28,11 +28,13 @@ class Split:
 
     Attributes:
         mapped: the images are in a file that is mapped into memory. They stay there, and only batches go to a GPU.
+        rows: which of `images` are the split's, int64 [N], where it is a part of such a file; None: all of them.
     """
 
     images: Tensor
     labels: Tensor
     mapped: bool = field(default=False, kw_only=True)
+    rows: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,9 +48,10 @@ MapStyle = torch.utils.data.Dataset[Any]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits, the names of the classes, and the normalisation (bytes / 255 - mean) / std for each channel.
+    """Its splits, the names of the classes, and the normalisation (bytes / 255 - mean) / std for each channel.
 
-    A map-style split yields bytes, or float32 that is normalised already; mean and std then serve to show them.
+    `val` is what epochs are compared by, where there is one (train.validation). A map-style split yields bytes, or
+    float32 that is normalised already; mean and std then serve to show them.
     """
 
     train: Split | MapStyle
@@ -57,6 +60,13 @@ class Dataset:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     description: str = ""
+    val: Split | MapStyle | None = None
+
+    @property
+    def splits(self) -> dict[str, Split | MapStyle]:
+        """The splits that there are, by name: train, test, perhaps val."""
+        every = {"train": self.train, "test": self.test, "val": self.val}
+        return {name: split for name, split in every.items() if split is not None}
 
     @cached_property
     def input_shape(self) -> tuple[int, int, int]:
@@ -71,8 +81,8 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """The same dataset with the splits that are in memory on `device`."""
-        train, test = (part.to(device) if isinstance(part, Split) else part for part in (self.train, self.test))
-        return replace(self, train=train, test=test)
+        moved = {name: split.to(device) for name, split in self.splits.items() if isinstance(split, Split)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float32, as `normalise` does."""
@@ -94,7 +104,8 @@ class Dataset:
         """The images float32 [B, C, H, W], normalised, and labels int64 [B] at `indices`; `raw`: not normalised."""
         if isinstance(split, Split):
             indices = indices.to(split.labels.device)
-            images, labels = split.images.index_select(0, indices), split.labels.index_select(0, indices)
+            rows = indices if split.rows is None else split.rows[indices]
+            images, labels = split.images.index_select(0, rows), split.labels.index_select(0, indices)
         else:
             images, labels = stack(self.samples_at(split, indices.tolist()))
         return images if raw else self.ready(images), labels
@@ -130,7 +141,7 @@ class Dataset:
         return self._checked(split, index, sample)
 
     def _name(self, split: MapStyle) -> str:
-        return "training" if split is self.train else "test"
+        return "training" if split is self.train else "validation" if split is self.val else "test"
 
     def _checked(self, split: MapStyle, index: int, sample: Any) -> tuple[Tensor, int]:
         if problem := _wrong_sample(sample, len(self.classes)):
@@ -223,7 +234,7 @@ def check(dataset: Dataset) -> None:
     classes = dataset.classes
     if problem := _wrong_classes(classes):
         raise ConfigError(f"dataset: {problem}")
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
+    for name, split in dataset.splits.items():
         if problem := _wrong_split(split, len(classes)):
             raise ConfigError(f"dataset: the {name} split {problem}")
         if not isinstance(split, Split):
@@ -267,7 +278,7 @@ def _wrong_split(split: Any, classes: int) -> str | None:
         if not isinstance(given, Tensor) or given.dtype != dtype or given.ndim != shape.count(",") + 1:
             hint = " A map-style dataset may give images that are normalised already." if name == "images" else ""
             return f"has {name} that are {_kind(given)} where a tensor {dtype} {shape} is needed.{hint}"
-    if len(images) != len(labels):
+    if len(images if split.rows is None else split.rows) != len(labels):
         return f"has {len(images)} images and {len(labels)} labels; each image needs one."
     if not len(labels):
         return "is empty."

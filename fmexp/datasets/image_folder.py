@@ -54,10 +54,11 @@ def image_folder(
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.5,),
 ) -> Dataset:
-    """Pictures in root/train/<class>/ and root/test/<class>/ or root/val/<class>/, or all of them in root/<class>/.
+    """Pictures in root/train/<class>/, root/test/<class>/ and root/val/<class>/, or all of them in root/<class>/.
 
-    Both are sorted by name, and so is what is in folders below a class. Links are followed. Where there is no test
-    split, `test_share` of each class is held out. Arguments are as in conf/dataset/image_folder.yaml.
+    Where there is one of test and val, it is the test split; where there are both, val is what train.validation uses.
+    All are sorted by name, and so is what is in folders below a class. Links are followed. Where there is neither,
+    `test_share` of each class is held out. Arguments are as in conf/dataset/image_folder.yaml.
 
     Raises:
         ConfigError: arguments that do not go together.
@@ -65,8 +66,8 @@ def image_folder(
     """
     _check_arguments(image_size, resize, crop)
     folder = Path(root).absolute()
-    train, test, classes, origin = _splits(folder, test_share, split_seed)
-    files, labels = zip(*train, *test, strict=True)
+    train, test, val, classes, origin = _splits(folder, test_share, split_seed)
+    files, labels = zip(*train, *test, *val, strict=True)
     everything = Pictures(
         folder, np.array([os.fsencode(file) for file in files]), np.array(labels, np.int64), image_size, resize, crop,
         channels,
@@ -79,8 +80,9 @@ def image_folder(
         return Split(images[part], torch.from_numpy(everything.labels[part]), mapped=mapped)
 
     about = f"pictures in {folder}; the test split is {origin}"
-    first, rest = slice(len(train)), slice(len(train), None)
-    return Dataset(split(first), split(rest), classes, tuple(mean), tuple(std), about)
+    ends = len(train), len(train) + len(test)
+    own = split(slice(ends[1], None)) if val else None
+    return Dataset(split(slice(ends[0])), split(slice(*ends)), classes, tuple(mean), tuple(std), about, own)
 
 
 def _check_arguments(image_size: int | None, resize: int | None, crop: bool) -> None:
@@ -110,6 +112,11 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """The labels, under torchvision's name for them."""
+        return self.labels
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.from_numpy(self.pixels(index)), int(self.labels[index])
@@ -219,8 +226,9 @@ def _reason(path: Path, error: Exception) -> str:
 # Which pictures there are
 
 
-def _splits(root: Path, share: float, seed: int) -> tuple[list[Any], list[Any], list[str], str]:
-    """The (path below root, label) of the training and of the test pictures, the classes, and whence the test split."""
+def _splits(root: Path, share: float, seed: int) -> tuple[list[Any], list[Any], list[Any], list[str], str]:
+    """The (path below root, label) of the pictures for training, test and validation (there may be none of these), the
+    classes, and whence the test split."""
     if not root.is_dir():
         raise DataError(f"{root} is no folder. dataset.root=<folder> names that of the pictures.")
     folders = _folders(root)
@@ -240,11 +248,10 @@ def _splits(root: Path, share: float, seed: int) -> tuple[list[Any], list[Any], 
     if empty := sorted(set(range(len(classes))) - {label for _, label in pictures}):
         raise DataError(f"{top / classes[empty[0]]} has no picture ({', '.join(SUFFIXES)}). Remove it, or fill it.")
     if test:
-        if test == "test" and "val" in folders:
-            log.info("%s is not used: the test split is %s", root / "val", root / "test")
-        return pictures, _pictures(root, root / test, classes), classes, str(root / test)
+        val = _pictures(root, root / "val", classes) if {"test", "val"} <= set(folders) else []
+        return pictures, _pictures(root, root / test, classes), val, classes, str(root / test)
     stay, held = hold_out([file for file, _ in pictures], [label for _, label in pictures], share, seed)
-    return [pictures[i] for i in stay], [pictures[i] for i in held], classes, f"{share:g} of each class"
+    return [pictures[i] for i in stay], [pictures[i] for i in held], [], classes, f"{share:g} of each class"
 
 
 def _folders(folder: Path) -> list[str]:
