@@ -3,6 +3,7 @@ beside a plain loop."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ OPTIONS = {
     "clip_grad": ("train.clip_grad=0.5",),
     "accumulate": ("train.accumulate=3",),
     "ema": ("train.ema=0.9",),
+    "keep": ("train.validation=0.3", "objective=val/loss", "train.keep=best"),
     "all": ("schedule=one_cycle", "loss=binary", "train.precision=bf16", "train.clip_grad=0.5", "train.accumulate=3",
             "train.ema=0.9", "model._target_=test_training_options.Noisy"),
 }  # fmt: skip
@@ -43,14 +45,64 @@ def test_an_option_is_exact_over_any_stop(option: str, optimizer: str, tmp_path:
         "ema",
         "plateau",
     )
-    total = json.loads((tmp_path / "whole" / "result.json").read_text())["steps"]
+    total = result(tmp_path / "whole")["steps"]
     for stop in (5, total // 2, total - 2):
         interrupt(cfg, tmp_path / "resumed", stop)  # three times the same run
     execute(cfg, tmp_path / "resumed")
     assert "going on from the checkpoint" in (tmp_path / "resumed" / "fmexp.log").read_text()
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+    assert result(tmp_path / "resumed") == result(tmp_path / "whole")
     events = read_events(tmp_path / "resumed")
     assert points == {tag: scalars(events, tag) for tag in points}
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What result.json says, but for the seconds that it took."""
+    return {k: v for k, v in json.loads((folder / "result.json").read_text()).items() if k != "seconds"}
+
+
+def test_the_best_epoch_is_kept_and_the_test_split_is_seen_once(tmp_path: Path) -> None:
+    """From the second epoch on it is trained to be worse: the first epoch is the best."""
+    words = (*LIGHT, "train.validation=0.3", "objective=val/loss", "schedule._target_=test_training_options.jump")
+    execute(small(*words, "train.epochs=1"), tmp_path / "one")
+    execute(small(*words, "train.epochs=4"), tmp_path / "best")
+    execute(small(*words, "train.epochs=4", "train.keep=last"), tmp_path / "last")
+    assert_same_weights(tmp_path / "one", tmp_path / "best")
+    one, best, last = (result(tmp_path / name) for name in ("one", "best", "last"))
+    assert (best["best_epoch"], best["epochs"], last["best_epoch"]) == (1, 4, None)
+    assert best["objective"] == best["metrics"]["val/loss"] == one["objective"]
+    assert best["metrics"]["test/loss"] == one["metrics"]["test/loss"]
+    assert last["metrics"]["test/loss"] > best["metrics"]["test/loss"]
+    events = read_events(tmp_path / "best")
+    per_epoch = best["steps"] // 4
+    assert [step for step, _ in scalars(events, "val/loss")] == [per_epoch * epoch for epoch in (1, 2, 3, 4)]
+    assert [step for step, _ in scalars(events, "test/loss")] == [best["steps"]]
+
+
+def jump(step: int, total: int, *, steps_per_epoch: int, warmup_epochs: float) -> float:
+    """Down in the first epoch, and then uphill."""
+    return 1.0 if step < steps_per_epoch else -0.5
+
+
+def test_a_run_that_ends_early_stays_as_it_is(tmp_path: Path) -> None:
+    words = (*LIGHT, "train.validation=0.3", "objective=val/loss", "schedule._target_=test_training_options.jump",
+             "train.epochs=9", "train.patience=2", "train.log_every=7")  # fmt: skip
+    execute(small(*words), tmp_path / "whole")
+    ended = result(tmp_path / "whole")
+    assert (ended["status"], ended["epochs"], ended["best_epoch"]) == ("complete", 3, 1)
+    assert scalars(read_events(tmp_path / "whole"), "train/loss")[-1][0] == ended["steps"]
+    before = (tmp_path / "whole" / "model.pt").stat().st_mtime_ns
+    execute(small(*words), tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.pt").stat().st_mtime_ns == before
+    for stop in (5, ended["steps"] - 3, ended["steps"]):
+        interrupt(small(*words, "train.checkpoint_every=4"), tmp_path / "resumed", stop)
+    execute(small(*words, "train.checkpoint_every=4"), tmp_path / "resumed")
+    assert result(tmp_path / "resumed") == ended
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+    ours, theirs = (read_events(tmp_path / name) for name in ("resumed", "whole"))
+    assert ours.Tags()["scalars"] == theirs.Tags()["scalars"]
+    for tag in ("train/loss", "val/loss", "val/accuracy", "test/loss"):
+        assert scalars(ours, tag) == scalars(theirs, tag)
 
 
 def test_a_run_with_all_of_it_is_the_plain_loop(tmp_path: Path) -> None:
@@ -110,6 +162,15 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
         (["train.ema=1"], "train.ema=1.0 must be below 1"),
         (["train.ema=0"], "train.ema=0.0 must be above 0"),
         (["train.clip_grad=0"], "train.clip_grad=0.0 must be above 0"),
+        (
+            ["objective=val/loss"],
+            "objective=val/loss is of the validation split, and train.validation=0 holds none out",
+        ),
+        (["train.validation=1"], "train.validation=1.0 must be below 1"),
+        (["train.patience=3"], "train.patience=3 would end training by objective=test/accuracy"),
+        (["train.patience=0"], "train.patience=0 must be at least 1"),
+        (["train.keep=first"], "train.keep=first must be one of best, last"),
+        (["schedule=plateau", "train.validation=0.1"], "follows objective=test/accuracy, which is measured once"),
         (["train.precision=16"], "train.precision=16 must be one of 32, bf16"),
     ],
 )
