@@ -85,11 +85,6 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)
 
 
-def maximised(objective: str) -> bool:
-    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
-    return objective == "test/accuracy"
-
-
 # What a key means is said once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.
 
 
