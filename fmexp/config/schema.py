@@ -328,6 +328,11 @@ class Predictions(TaggedStage):
 
 
 @dataclass
+class Mistakes(TaggedStage):
+    images: int = limited(12, least=1, most=100)  # how many at most, the surest first
+
+
+@dataclass
 class PRCurves(TaggedStage):
     num_thresholds: int = limited(127, least=2, most=127)
     weights: float | None = limited(None, least=0.0)
@@ -364,6 +369,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "image_grid": ImageGrid,
         "projector": Projector,
         "predictions": Predictions,
+        "mistakes": Mistakes,
         "pr_curves": PRCurves,
     },
 }
