@@ -187,7 +187,8 @@ class Trainer:
         if not math.isfinite(evaluation.loss):
             raise DivergedError(run.step, evaluation.loss)
         run.scalar(f"{run.split}/loss", evaluation.loss)
-        run.scalar(f"{run.split}/accuracy", evaluation.accuracy)
+        for name, value in evaluation.metrics.items():
+            run.scalar(f"{run.split}/{name}", value)
         return evaluation
 
     def finish(self) -> None:

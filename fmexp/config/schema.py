@@ -89,11 +89,6 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)
 
 
-def maximised(objective: str) -> bool:
-    """Whether more of a metric is better: of all that can be an objective, only the accuracy is not a loss."""
-    return objective in ("test/accuracy", "val/accuracy")
-
-
 # What a key means is said once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.
 
 
@@ -337,6 +332,11 @@ class Predictions(TaggedStage):
 
 
 @dataclass
+class Mistakes(TaggedStage):
+    images: int = limited(12, least=1, most=100)  # how many at most, the surest first
+
+
+@dataclass
 class PRCurves(TaggedStage):
     num_thresholds: int = limited(127, least=2, most=127)
     weights: float | None = limited(None, least=0.0)
@@ -373,6 +373,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "image_grid": ImageGrid,
         "projector": Projector,
         "predictions": Predictions,
+        "mistakes": Mistakes,
         "pr_curves": PRCurves,
     },
 }

@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fmexp.config.identity import GROUPS, OWN, flat
 from fmexp.config.location import conf_dir
+from fmexp.config.objective import MORE_IS_BETTER
 from fmexp.config.schema import Config, Moment
 from fmexp.errors import ConfigError, is_utf8
 
@@ -166,10 +167,9 @@ def _check_own_keys(dataset: DictConfig) -> None:
 
 
 def _check_tags(cfg: DictConfig) -> None:
-    train, written = cfg.train, ["test/accuracy", "test/loss"]
-    if train.validation:
-        written += ["val/accuracy", "val/loss"]
-    elif str(cfg.objective).startswith("val/"):
+    train, splits = cfg.train, ("test", "val") if cfg.train.validation else ("test",)
+    written = [f"{split}/{name}" for split in splits for name in MORE_IS_BETTER]
+    if not train.validation and str(cfg.objective).startswith("val/"):
         raise ConfigError(
             f"objective={cfg.objective} is of the validation split, and train.validation={train.validation:g} holds "
             "none out. Take a share, such as train.validation=0.1."
@@ -179,8 +179,8 @@ def _check_tags(cfg: DictConfig) -> None:
             f"train.patience={train.patience} would end training by objective={cfg.objective}, and so choose by the "
             "test split. Take objective=val/accuracy with train.validation=0.1."
         )
-    if cfg.objective not in (*written, cfg.train.tag):
-        raise ConfigError(f"objective={cfg.objective} must be one of {', '.join((*written, cfg.train.tag))}.")
+    if cfg.objective not in (*written, train.tag):
+        raise ConfigError(f"objective={cfg.objective} must be one of {', '.join((*written, train.tag))}.")
     taken = {tag: tag for tag in (*written, "train/lr", "train/grad_norm", "wall_seconds", "config")}
     taken |= {stage.tag: f"stage.{name}.tag" for name, stage in cfg.stage.items() if stage.get("tag")}
     if cfg.train.tag in taken:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmexp.datasets import Dataset, MapStyle, Split, Workers, batches, length
+from fmexp.engine import metrics
 
 BATCH = 500  # images at once: large enough for full speed on a CPU, small enough for any memory
 
@@ -29,6 +30,11 @@ class Evaluation:
     def accuracy(self) -> float:
         """The share of images whose most probable class is the true one."""
         return int((self.guesses == self.labels).sum()) / len(self.labels)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The accuracy and all else of `fmexp.engine.metrics` that is defined for these images, by name."""
+        return metrics.compute(self.probabilities, self.labels)
 
     @cached_property
     def confusion(self) -> Tensor:
@@ -57,11 +63,9 @@ class Evaluation:
             thresholds, precision, recall: float64 [T] each, T the number of distinct probabilities. Recall is NaN for
             a class without images.
         """
-        thresholds, position = self.probabilities[:, index].unique(return_inverse=True)
-        positives = torch.bincount(position[self.labels == index], minlength=len(thresholds))
-        predicted = torch.bincount(position, minlength=len(thresholds)).flip(0).cumsum(0)
-        found = positives.flip(0).cumsum(0).double()
-        return thresholds.double().flip(0), found / predicted, found / positives.sum()
+        curve = metrics.by_threshold(self.probabilities[:, index].numpy(), (self.labels == index).numpy())
+        thresholds, found, predicted = (torch.from_numpy(part).double() for part in curve)
+        return thresholds, found / predicted, found / found[-1]
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ TUTORIAL = (
     "dataset.train_size=400",
     "dataset.test_size=200",
     "train.log_every=25",
+    "stage.calibration.enabled=true",
+    "stage.mistakes.enabled=true",
     "device=cpu",
 )
 SWEEP = ("dataset=synthetic", "dataset.train_size=200", "dataset.test_size=100", "train.log_every=10", "logging=light")

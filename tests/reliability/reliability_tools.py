@@ -36,7 +36,9 @@ BARE = (*NO_STAGES, "model=mlp", "model.hidden=[16]")
 # Stages that write of every kind of summary before, between and after checkpoints.
 RICH = (*SMALL, "model=lenet", "stage.confusion_matrix.enabled=false", "stage.image_grid.when=log",
         "stage.projector.when=log", "stage.projector.images=6", "stage.projector.features=fc2",
-        "stage.pr_curves.when=epoch", "stage.predictions.when=end", "stage.predictions.images=2")  # fmt: skip
+        "stage.pr_curves.when=epoch", "stage.predictions.when=end", "stage.predictions.images=2",
+        "stage.calibration.enabled=true", "stage.calibration.when=epoch", "stage.mistakes.enabled=true",
+        "stage.mistakes.when=log", "stage.mistakes.images=3")  # fmt: skip
 
 
 def environment(**more: str) -> dict[str, str]:

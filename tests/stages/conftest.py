@@ -8,7 +8,7 @@ from tools import read_events, small
 import fmexp.stages.figures
 from fmexp import datasets, execute
 from fmexp.run import Run
-from fmexp.stages import confusion_matrix, predictions
+from fmexp.stages import confusion_matrix, mistakes, predictions
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +22,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         fmexp.stages.figures.add_figure(run, tag, figure)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (confusion_matrix, predictions):
+        for module in (confusion_matrix, mistakes, predictions):
             patch.setattr(module, "add_figure", add_figure)
         cfg = small(
             "dataset.train_size=120", "dataset.test_size=60", "train.epochs=4", "train.log_every=30",
-            "optimizer.lr=0.02", "+stage.keep={_target_:stages_tools.keep,when:end}",
+            "optimizer.lr=0.02", "stage.calibration.enabled=true", "stage.mistakes.enabled=true",
+            "+stage.keep={_target_:stages_tools.keep,when:end}",
         )  # fmt: skip
         execute(cfg, folder)
     return Seen(folder, read_events(folder), KEPT[str(folder)], datasets.synthetic(120, 60, 28, 0), figures)

@@ -28,8 +28,8 @@ Bytes = NDArray[np.uint8]
 
 
 def only(*names: str) -> list[str]:
-    """Overrides that turn off all stages but those named."""
-    return [f"stage.{name}.enabled=false" for name in STAGES if name not in names]
+    """Overrides that turn on the stages named, and off all others."""
+    return [f"stage.{name}.enabled={str(name in names).lower()}" for name in STAGES]
 
 
 def picture(png: bytes) -> Bytes:

@@ -39,7 +39,8 @@ def test_tensorboard_which_sorts_by_name_shows_curves_before_pictures_and_single
     assert groups[1] < "val" < groups[2], "a validation's curves belong to the others"
     assert names[:3] == ["test/accuracy", "test/accuracy/best", "test/loss"]
     assert names[3:5] == ["train/loss", "train/lr"]
-    assert names[5:8] == ["view/confusion_matrix", "view/images", "view/predictions"]
+    views = ["calibration", "confusion_matrix", "images", "mistakes", "predictions"]
+    assert names[5:10] == [f"view/{name}" for name in views]
 
 
 def coloured(train_size: int, test_size: int, image_size: int, seed: int) -> Dataset:
@@ -143,7 +144,7 @@ def test_a_stage_that_is_off_writes_nothing_and_all_together_disturb_nothing(fra
     bare = set(traces(frail(*only())))
     assert {("train/loss", step) for step in STEPS["log"]} < bare
     own = {name: set(traces(frail(*alone(name, "log")))) - bare for name in STAGES}
-    together = frail(*(f"stage.{name}.when=log" for name in STAGES))
+    together = frail(*only(*STAGES), *(f"stage.{name}.when=log" for name in STAGES))
     assert set(traces(together)) - bare == set().union(*own.values())
     assert sum(map(len, own.values())) == len(set().union(*own.values()))  # no two share a tag
     assert_same_weights(together, frail(*only()))
