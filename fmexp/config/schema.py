@@ -338,6 +338,16 @@ class PRCurves(TaggedStage):
     weights: float | None = limited(None, least=0.0)
 
 
+@dataclass
+class Learning(TaggedStage):
+    histograms: bool = False
+
+
+@dataclass
+class Profile(TaggedStage):
+    steps: int = limited(5, least=1, most=100)
+
+
 SCHEMAS: dict[str, dict[str, type]] = {
     "dataset": {
         "downloaded": DownloadedDataset,
@@ -370,6 +380,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "projector": Projector,
         "predictions": Predictions,
         "pr_curves": PRCurves,
+        "learning": Learning,
+        "profile": Profile,
     },
 }
 

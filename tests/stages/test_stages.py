@@ -107,7 +107,7 @@ def frail(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def alone(name: str, moment: str) -> list[str]:
-    return [*only(name), f"stage.{name}.when={moment}"]
+    return [*only(name), f"stage.{name}.enabled=true", f"stage.{name}.when={moment}"]
 
 
 def traces(folder: Path) -> Iterator[tuple[str, int]]:
@@ -143,7 +143,7 @@ def test_a_stage_that_is_off_writes_nothing_and_all_together_disturb_nothing(fra
     bare = set(traces(frail(*only())))
     assert {("train/loss", step) for step in STEPS["log"]} < bare
     own = {name: set(traces(frail(*alone(name, "log")))) - bare for name in STAGES}
-    together = frail(*(f"stage.{name}.when=log" for name in STAGES))
+    together = frail(*(f"stage.{name}.{word}" for name in STAGES for word in ("enabled=true", "when=log")))
     assert set(traces(together)) - bare == set().union(*own.values())
     assert sum(map(len, own.values())) == len(set().union(*own.values()))  # no two share a tag
     assert_same_weights(together, frail(*only()))
