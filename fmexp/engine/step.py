@@ -97,7 +97,7 @@ class LastUpdate:
     Attributes:
         made: whether there was an update yet.
         parameters: all that the optimizer has.
-        gradients: theirs, as the optimizer took them: of all batches of a window, and clipped; zeros where one had none.
+        gradients: theirs, as the optimizer took them: of a whole window, and clipped; zeros where one had none.
         changes: the new weights minus the old ones.
     """
 

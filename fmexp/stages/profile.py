@@ -16,9 +16,9 @@ from fmexp import datasets
 from fmexp.engine.freeze import freeze, train_mode
 from fmexp.engine.optim import build_optimizer
 from fmexp.engine.step import TrainStep, plain_backward
+from fmexp.run import Run
 from fmexp.rundir import layout
 from fmexp.rundir.atomic import atomic_write
-from fmexp.run import Run
 
 log = logging.getLogger(__name__)
 
