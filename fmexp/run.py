@@ -3,12 +3,12 @@
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
@@ -23,9 +23,18 @@ from fmexp.engine.cuda_graph import bits
 from fmexp.engine.evaluation import Evaluation, evaluate
 from fmexp.engine.loss import Loss
 from fmexp.engine.schedule import Schedule
+from fmexp.engine.step import LastUpdate
 from fmexp.rundir.atomic import disk_full
 
 log = logging.getLogger(__name__)
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def reads_last_update(function: Function) -> Function:
+    """Mark the function of a stage that reads `run.last_update`, which is kept at each step for such stages alone."""
+    function.reads_last_update = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class Stage:
         """fmexp's own stages change nothing, as tests prove, and are not made to wait for copies of the weights."""
         return not self.changes and not self.function.func.__module__.startswith("fmexp.stages.")
 
+    @property
+    def reads_last_update(self) -> bool:
+        """Whether its function is marked with `reads_last_update`."""
+        return getattr(self.function.func, "reads_last_update", False)
+
 
 @dataclass
 class Run:
@@ -62,6 +76,8 @@ class Run:
         loss, schedule: what is trained for, and the factor of the learning rate at each step.
         average: the running average of the weights (train.ema), or None.
         split: what is evaluated now: val during training, where there is a validation split, and test at the end.
+        last_update: gradients and changes of the weights in the last update; None, unless a stage is marked with
+            `reads_last_update`.
         metrics: the latest value of each metric.
         failures: stage name -> what went wrong.
         best_epoch: whose weights were kept, once training has ended; None: the last ones.
@@ -92,6 +108,7 @@ class Run:
     begun_from: str = ""
     best_epoch: int | None = None
     split: str = field(init=False)
+    last_update: LastUpdate | None = None
     output_dir: Path = field(init=False)
     writer: SummaryWriter = field(init=False)
     _evaluations: dict[str, Evaluation] = field(default_factory=dict, init=False)

@@ -21,7 +21,7 @@ from fmexp.engine.extra_state import ExtraState
 from fmexp.engine.freeze import train_mode
 from fmexp.engine.schedule import Following, LearningRate, varies
 from fmexp.engine.selection import Selection
-from fmexp.engine.step import Backward, Step, TrainStep, plain_backward
+from fmexp.engine.step import Backward, LastUpdate, Step, TrainStep, plain_backward
 from fmexp.errors import first_line
 from fmexp.process import Stop
 from fmexp.run import Run, eval_mode, steps_per_epoch, total_steps
@@ -64,6 +64,8 @@ class Trainer:
         self.stop, self.resume_command = stop or Stop(), resume_command
         self.train_step = TrainStep(run.model, run.optimizer, clip_grad=run.cfg.train.clip_grad)
         self.step: Step | None = None  # the same, perhaps as a graph
+        if any(stage.reads_last_update for stage in run.stages):
+            self.train_step.last_update = run.last_update = LastUpdate(run.optimizer)
         cfg = run.cfg.train
         self.batch_size = cfg.batch_size  # here, for OmegaConf is slow in a loop
         self.log_every, self.checkpoint_every, self.accumulate = cfg.log_every, cfg.checkpoint_every, cfg.accumulate
@@ -264,6 +266,7 @@ class Trainer:
             "schedule": run.schedule.state_dict() if isinstance(run.schedule, Following) else {},
             "average": run.average.state_dict() if run.average else {},
             "grad_norm": self.train_step.grad_norm,
+            "last_update": run.last_update.state_dict() if run.last_update else {},
             # of a window that is not full; else the next step begins by forgetting them
             "gradients": [] if self.train_step.ends else [p.grad for p in run.model.parameters()],
             "extra": self.extra.state_dict(),
@@ -290,6 +293,8 @@ class Trainer:
         if run.average:
             run.average.load_state_dict(state["average"])
         self.train_step.grad_norm.copy_(state["grad_norm"])
+        if run.last_update:
+            run.last_update.load_state_dict(state["last_update"])
         for parameter, gradient in zip(run.model.parameters(), state["gradients"], strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self.extra.load_state_dict(state.get("extra", {}))

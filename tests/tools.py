@@ -34,7 +34,7 @@ def small(*overrides: str) -> DictConfig:
 
 def read_events(folder: Path) -> EventAccumulator:
     """All that a run wrote for TensorBoard, nothing sampled away."""
-    everything = {"scalars": 0, "images": 0, "tensors": 0, "graph": True}
+    everything = {"scalars": 0, "images": 0, "tensors": 0, "histograms": 0, "graph": True}
     return EventAccumulator(str(folder), size_guidance=everything).Reload()
 
 

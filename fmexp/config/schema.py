@@ -342,6 +342,16 @@ class PRCurves(TaggedStage):
     weights: float | None = limited(None, least=0.0)
 
 
+@dataclass
+class Learning(TaggedStage):
+    histograms: bool = False
+
+
+@dataclass
+class Profile(TaggedStage):
+    steps: int = limited(5, least=1, most=100)
+
+
 SCHEMAS: dict[str, dict[str, type]] = {
     "dataset": {
         "downloaded": DownloadedDataset,
@@ -375,6 +385,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "predictions": Predictions,
         "mistakes": Mistakes,
         "pr_curves": PRCurves,
+        "learning": Learning,
+        "profile": Profile,
     },
 }
 

@@ -57,6 +57,7 @@ class TrainStep:
             first, whether it is the last, and what share of the window's images it has. One batch is a window, unless
             train.accumulate is above 1.
         grad_norm: the norm before the last update, a scalar tensor; 0 while there was none, or without clip_grad.
+        last_update: what the last update was, where somebody wants to know; else None, which costs nothing.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TrainStep:
         self.optimizer, self.backward, self.clip_grad = optimizer, backward or plain_backward(model), clip_grad
         self.begins, self.ends, self.share = True, True, 1.0
         self.grad_norm = torch.zeros((), device=next(model.parameters()).device)
+        self.last_update: LastUpdate | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.begins:
@@ -75,12 +77,57 @@ class TrainStep:
             with torch.no_grad():
                 if self.clip_grad is not None:  # copied, for a graph fills the same tensor at each replay
                     self.grad_norm.copy_(nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad))
-                update(self.optimizer)
+                if self.last_update is None:
+                    update(self.optimizer)
+                else:
+                    self.last_update.make(self.optimizer)
         return loss
 
     def parameters(self) -> list[Tensor]:
         """What the optimizer updates."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+class LastUpdate:
+    """What an optimizer's last update was made from, and what it did: for stages that show how a model learns.
+
+    It is copied within the step, so that it is the same of a plain step, a compiled one and a graph, which fills these
+    tensors at each replay.
+
+    Attributes:
+        made: whether there was an update yet.
+        parameters: all that the optimizer has.
+        gradients: theirs, as the optimizer took them: of a whole window, and clipped; zeros where one had none.
+        changes: the new weights minus the old ones.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.made = False
+        self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.changes = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def make(self, optimizer: Optimizer) -> None:
+        """Update the weights, and keep what that was."""
+        for parameter, gradient, change in zip(self.parameters, self.gradients, self.changes, strict=True):
+            if parameter.grad is None:
+                gradient.zero_()
+            else:
+                gradient.copy_(parameter.grad.to_dense())
+            change.copy_(parameter)
+        update(optimizer)
+        for parameter, change in zip(self.parameters, self.changes, strict=True):
+            torch.sub(parameter, change, out=change)
+        self.made = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made": self.made, "gradients": self.gradients, "changes": self.changes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.made = state["made"]
+        for kept, saved in ((self.gradients, state["gradients"]), (self.changes, state["changes"])):
+            for tensor, value in zip(kept, saved, strict=True):
+                tensor.copy_(value)
 
 
 def update(optimizer: Optimizer) -> None:

@@ -18,8 +18,9 @@ from fmexp.rundir import atomic, bounded
 
 RESULT, CONFIG = "result.json", ".hydra/config.yaml"
 LOCK, OWNER = ".lock", ".lock.owner"
+TRACE = "trace.json.gz"
 # The last two are checkpoint.py's, which imports torch.
-FILES = (RESULT, CONFIG, LOCK, OWNER, "fmexp.log", "model.pt", "checkpoint.pt", "checkpoint.previous.pt")
+FILES = (RESULT, CONFIG, LOCK, OWNER, TRACE, "fmexp.log", "model.pt", "checkpoint.pt", "checkpoint.previous.pt")
 
 
 class LockedError(ConfigError):

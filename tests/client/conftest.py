@@ -49,6 +49,17 @@ def server(request: pytest.FixtureRequest, logdir: Path, members: list[sweep.Mem
 
 
 @pytest.fixture(scope="session")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TensorBoard]:
+    """TensorBoard on a run with the stages that are off by default."""
+    root = tmp_path_factory.mktemp("learnt")
+    on = ("stage.learning.enabled=true", "stage.learning.histograms=true", "stage.profile.enabled=true")
+    execute(compose([*SWEEP, *on, "device=cpu", "train.epochs=2"]), root / "learnt")
+    with TensorBoard(root, fast=True) as running:
+        running.wait("learnt")
+        yield running
+
+
+@pytest.fixture(scope="session")
 def singles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TensorBoard]:
     """TensorBoard on two single runs with the default tags."""
     root = tmp_path_factory.mktemp("singles")

@@ -58,6 +58,35 @@ def test_time_series_opens_on_curves(page: Page, singles: TensorBoard) -> None:
     assert names == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "train/lr"]
 
 
+def test_learning_comes_after_the_curves_a_group_for_each_figure(page: Page, learnt: TensorBoard) -> None:
+    browser.open_tab(page, learnt.url, "timeseries")
+    page.locator("line-chart").first.wait_for()
+    groups = page.locator("metrics-card-group-toolbar .group-title").all_inner_texts()
+    figures = ("grad_histogram", "grad_norm", "histogram", "norm", "update_ratio")
+    assert groups == ["test", "train", "wall_seconds", *(f"weights_{figure}" for figure in figures),
+                      "within_class_accuracy"]  # fmt: skip
+    for figure in ("grad_norm", "norm", "update_ratio"):
+        browser.open_tab(page, learnt.url, "timeseries", tags=f"^weights_{figure}/(conv1|fc3)$")
+        for layer in ("conv1", "fc3"):
+            card = page.locator("card-view").filter(has_text=f"weights_{figure}/{layer}").first
+            card.locator("line-chart").first.wait_for()
+
+
+def test_histograms(page: Page, learnt: TensorBoard) -> None:
+    browser.open_tab(page, learnt.url, "timeseries", tags="^weights_(grad_)?histogram/fc3.weight")
+    for tag in ("weights_histogram/fc3.weight", "weights_grad_histogram/fc3.weight"):
+        card = page.locator("card-view").filter(has_text=tag).first
+        card.locator("tb-histogram path").first.wait_for(state="attached")
+
+
+def test_profile(page: Page, learnt: TensorBoard) -> None:
+    browser.open_tab(page, learnt.url, "text", tags="^profile")
+    table = page.get_by_text("training step").first
+    table.scroll_into_view_if_needed()
+    expect(table).to_be_visible()
+    expect(page.get_by_text("Self CPU %").first).to_be_visible()
+
+
 def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: TensorBoard) -> None:
     page.set_viewport_size({**browser.SIZE, "width": 2600})  # the table leaves out columns that are out of sight
     browser.open_tab(page, singles.url, "hparams")

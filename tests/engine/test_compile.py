@@ -85,9 +85,11 @@ def test_a_compiled_run_is_close_to_a_plain_one_and_resumes_to_the_bit(tmp_path:
     execute(small(*compiled), tmp_path / "resumed")
     assert "going on from the checkpoint at step 20" in (tmp_path / "resumed" / "fmexp.log").read_text()
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
-    plain = (*LIGHT, "train.log_every=1", "dataset.train_size=66")
+    plain = (*LIGHT, "train.log_every=1", "dataset.train_size=66", "stage.learning.enabled=true")
     for value in ("true", "false"):
         execute(small(*plain, f"train.compile={value}"), tmp_path / f"lenet {value}")
-    curves = [scalars(read_events(tmp_path / f"lenet {value}"), "train/loss") for value in ("true", "false")]
-    assert len(curves[0]) == 17
-    assert np.array(curves[0]) == pytest.approx(np.array(curves[1]), abs=1e-4)
+    ran = [read_events(tmp_path / f"lenet {value}") for value in ("true", "false")]
+    for tag in ("train/loss", "weights_norm/fc3", "weights_grad_norm/fc3", "weights_update_ratio/conv1"):
+        curves = [scalars(events, tag) for events in ran]
+        assert len(curves[0]) == 17
+        assert np.array(curves[0]) == pytest.approx(np.array(curves[1]), abs=1e-4), tag

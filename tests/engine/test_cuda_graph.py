@@ -130,6 +130,19 @@ def test_a_captured_run_resumes_to_the_bit(graph: Callable[..., CpuGraph], tmp_p
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
 
 
+def test_a_replay_gives_stages_the_last_update_of_a_plain_step(both: Callable[..., CpuGraph], tmp_path: Path) -> None:
+    """Also after the last batch of an epoch, which is smaller and taken plainly."""
+    on = ("stage.learning.enabled=true", "train.clip_grad=0.5")
+    recorder = both(*LIGHT, *MLP, *on, "dataset.train_size=66", "train.epochs=2", "train.log_every=1")
+    assert (recorder.recorded, recorder.replays) == (1, 32 - cuda_graph.WARM_UP)
+    ran = [read_events(tmp_path / name) for name in ("plain", "graph")]
+    tags = [tag for tag in ran[0].Tags()["scalars"] if tag.startswith("weights_")]
+    assert len(tags) == 9
+    for tag in tags:
+        assert len({value for _, value in scalars(ran[0], tag)}) > 30
+        assert scalars(ran[0], tag) == scalars(ran[1], tag), tag
+
+
 def test_what_a_stage_may_keep_of_a_batch_is_not_overwritten(graph: Callable[..., CpuGraph], tmp_path: Path) -> None:
     graph(CpuGraph())
     kept.clear()

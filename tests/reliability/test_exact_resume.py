@@ -1,5 +1,7 @@
 """A run that was killed and resumed equals, to the bit, the one that was not."""
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +45,40 @@ def test_frozen_layers_and_groups_of_parameters(driver: Driver, truth: Callable[
     groups = ("optimizer=adamw", "optimizer.no_decay=[norm,bias]", "optimizer.layer_decay=0.5")
     args = (*NO_STAGES, *MODELS["noisy"], *groups, "train.freeze=[body.0,body.1]")
     assert_killed_twice_is_the_same(driver, truth, tmp_path / "run", args)
+
+
+LEARNING = ("stage.learning.enabled=true", "stage.learning.histograms=true", "stage.profile.enabled=true",
+            "stage.profile.steps=1")  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["log", "end"])
+def test_the_last_update_and_a_trace(driver: Driver, truth: Callable[..., Path], tmp_path: Path, when: str) -> None:
+    """Points at 4, 8, 12, of the updates at 3, 6, 9, which were made before the checkpoints that they follow; or of
+    the last one, made by another process. Killed while the trace is written, too."""
+    folder = tmp_path / "run"
+    args = (
+        *NO_STAGES,
+        *MODELS["noisy"],
+        *LEARNING,
+        "train.accumulate=3",
+        "optimizer=adamw",
+        f"stage.learning.when={when}",
+    )
+    points = (
+        {"match": "within .trace.json.gz.part"},
+        {"match": r"rename .trace.json.gz.part$"},
+        {"steps": 3, "match": "batch half trained"},
+        {"steps": 6, "match": "batch trained"},
+        {"match": "open .model.pt.part"},
+    )
+    for point in points:
+        assert driver.run(*args, f"hydra.run.dir={folder}", plan=[{"do": "KILL", **point}]).code == -9, point
+    ended = driver.run(*args, f"hydra.run.dir={folder}")
+    assert ended.code == 0, ended.output
+    tags = {tag for _, tag, _ in left(folder)["events"]}
+    assert {"weights_update_ratio/body.0", "weights_grad_histogram/body.5.weight", "profile/text_summary"} <= tags
+    assert_same(folder, truth(*args), but="profile/text_summary")  # which has times
+    json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
 
 
 def assert_killed_twice_is_the_same(

@@ -108,7 +108,7 @@ def frail(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def alone(name: str, moment: str) -> list[str]:
-    return [*only(name), f"stage.{name}.when={moment}"]
+    return [*only(name), f"stage.{name}.enabled=true", f"stage.{name}.when={moment}"]
 
 
 def traces(folder: Path) -> Iterator[tuple[str, int]]:
