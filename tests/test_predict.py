@@ -159,11 +159,6 @@ def test_real_test_split_as_png_has_the_accuracy_of_the_run_also_among_odd_files
     assert accuracy(rows, kept) == metric
     # Each image is at another place in its batch, and kernels round by that.
     assert torch.allclose(probabilities(rows), evaluation.probabilities.amax(1), rtol=0, atol=1e-6)
-    print(
-        "DIFF",
-        (probabilities(rows) - evaluation.probabilities.amax(1)).abs().max(),
-        (probabilities(rows) != evaluation.probabilities.amax(1)).sum(),
-    )
 
 
 # Files and folders
