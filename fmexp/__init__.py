@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fmexp.config import compose
     from fmexp.execution import execute
+    from fmexp.loading import load
     from fmexp.rundir.results import read
 
 __version__ = "0.1.0"
-__all__ = ["compose", "execute", "read"]
+__all__ = ["compose", "execute", "load", "read"]
 
-_LATER = {"compose": "fmexp.config", "execute": "fmexp.execution", "read": "fmexp.rundir.results"}
+_LATER = {
+    "compose": "fmexp.config",
+    "execute": "fmexp.execution",
+    "load": "fmexp.loading",
+    "read": "fmexp.rundir.results",
+}
 
 
 def __getattr__(name: str) -> object:

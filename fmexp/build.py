@@ -48,7 +48,7 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
         loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
     images, augment = dataset.ready(loaded), _augment(cfg, len(dataset.classes))
     few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
-    model = _model(cfg, dataset, few)
+    model = build_model(cfg, dataset, few)
     begun_from = weights.load(model, cfg.weights, strict=cfg.weights_strict) if cfg.weights and not resumed else ""
     frozen = freeze(model, cfg.train.freeze)
     with eval_mode(model, cfg.seed):
@@ -246,8 +246,15 @@ def _average(cfg: DictConfig, model: nn.Module) -> AveragedModel | None:
         raise ConfigError(f"train.ema={cfg.train.ema}: the model cannot be copied: {error}") from error
 
 
-def _model(cfg: DictConfig, dataset: datasets.Dataset, images: Tensor) -> nn.Module:
-    """The model, on the device of some images, which it has been seen to take."""
+def build_model(cfg: DictConfig, dataset: datasets.Dataset, images: Tensor) -> nn.Module:
+    """The model, on the device of some images, which it has been seen to take. It changes the global random state.
+
+    Args:
+        cfg: of which `model`, `dataset` and `seed` are read.
+
+    Raises:
+        ConfigError: it cannot be built, or cannot take the images.
+    """
     shape, classes, node = dataset.input_shape, len(dataset.classes), cfg.model
     given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
     rng.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made

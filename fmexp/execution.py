@@ -261,6 +261,8 @@ def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str,
         "config_digest": config.digest(tree),
         "failures": run.failures,
         "backend": asdict(run.backend),
+        "evaluation_backend": asdict(run.evaluation_backend),
+        "dataset": run.dataset.facts,
         "versions": versions(),
         **more,
     }

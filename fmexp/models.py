@@ -6,6 +6,7 @@ Each takes float32 [B, C, H, W] and returns logits [B, num_classes].
 import difflib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from math import ceil, prod
 from typing import Any
 
@@ -92,7 +93,7 @@ def torchvision(
         model.set_submodule(key, adapted)
     if isinstance(model, zoo.ResNet):
         _fit_stem(model, size)
-    if pretrained:
+    if pretrained and not _weights_come_later.get():
         with _downloads(name):
             trained = zoo.get_model(name, weights="DEFAULT").state_dict()
         weight, own = trained[f"{key}.weight"], model.state_dict()
@@ -133,8 +134,9 @@ def timm(
     more: dict[str, Any] = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
     if getattr(get_pretrained_cfg(name), "fixed_input_size", False):
         more["img_size"] = size
-    with _downloads(name, pretrained):
-        model: nn.Module = zoo.create_model(name, pretrained, num_classes=num_classes, in_chans=channels, **more)
+    wanted = pretrained and not _weights_come_later.get()
+    with _downloads(name, wanted):
+        model: nn.Module = zoo.create_model(name, wanted, num_classes=num_classes, in_chans=channels, **more)
     if isinstance(model, ResNet):
         _fit_stem(model, size)
     return model
@@ -170,6 +172,19 @@ def _check_name(name: str, names: Sequence[str], where: str) -> None:
         close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
         meant = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"model.name={name} is no model of {where}.{meant}")
+
+
+_weights_come_later = ContextVar("weights_come_later", default=False)
+
+
+@contextmanager
+def weights_come_later() -> Iterator[None]:
+    """Within the block, build what `pretrained` names and download nothing: the weights are those of a run."""
+    token = _weights_come_later.set(True)
+    try:
+        yield
+    finally:
+        _weights_come_later.reset(token)
 
 
 @contextmanager

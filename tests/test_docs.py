@@ -26,6 +26,7 @@ from program import run as run_program
 from tools import write_idx_splits
 
 from fmexp import read, sweep
+from fmexp.predict import main as predict_main
 from fmexp.sweep.__main__ import main as sweep_main
 
 BASH = shutil.which("bash") or ""
@@ -33,7 +34,13 @@ SCRIPT = Path(sys.executable).with_name("fmexp")
 DOCS = CHECKOUT / "docs"
 PAGES = [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))]
 SWEPT = "multirun/2026-01-31/12-00-00"
-PLACES = {"multirun/<date>/<time>": SWEPT, "<folder>": SWEPT, "runs/<date>": SWEPT, "<partition>": "main"}
+PLACES = {
+    "multirun/<date>/<time>": SWEPT,
+    "runs/<date>/<time>": "runs/first",
+    "<folder>": SWEPT,
+    "runs/<date>": SWEPT,
+    "<partition>": "main",
+}
 
 # A word of a command -> what is added so that nothing is trained, and why.
 NOT_HERE = {
@@ -141,7 +148,7 @@ RUNS = [command for command in COMMANDS if command.module == "fmexp"]
 def test_no_command_is_overlooked(page: Path) -> None:
     modules = [command for command in ALL if command.page == page.name]
     assert len(modules) >= page.read_text().count("python -m fmexp")
-    assert {command.module for command in modules} <= {"fmexp", "fmexp.sweep"}
+    assert {command.module for command in modules} <= {"fmexp", "fmexp.predict", "fmexp.sweep"}
 
 
 def test_there_is_something_to_execute() -> None:
@@ -287,6 +294,30 @@ def test_commands_that_print_a_table(
         assert all(f"complete  {member.seconds:.1f}" in table for member in sweep.read(here / SWEPT))
 
 
+def first_run(here: Path) -> None:
+    """Make the run of which questions are asked, and pictures."""
+    assert call(*QUICK, *DRAWN, "dataset=synthetic", "hydra.run.dir=runs/first", cwd=here).status == 0
+    (here / "photos").mkdir()
+    for name in ("shirt.png", "bag.jpg"):
+        Image.new("RGB", (40, 30), "gray").save(here / "photos" / name)
+
+
+def test_commands_that_predict(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first_run(here)
+    capsys.readouterr()
+    commands = [command for command in COMMANDS if command.module == "fmexp.predict"]
+    assert {command.page for command in commands} >= {"README.md", QUESTIONS}
+    for command in commands:
+        words = placed(command.words)
+        monkeypatch.setattr(sys, "argv", ["predict.py", *words])
+        with pytest.raises(SystemExit) as left:
+            predict_main()
+        said = capsys.readouterr()
+        assert (left.value.code, said.err) == (0, ""), command
+        table = (here / words[-1]).read_text() if "--csv" in words else said.out
+        assert all(f"photos/{name}" in table for name in ("shirt.png", "bag.jpg")), command
+
+
 def test_every_exception_is_needed() -> None:
     used = {word for command in RUNS for word in command.words}
     assert {word for word in NOT_HERE if word in used} >= {"hydra/launcher=slurm", "hydra/launcher=joblib"}
@@ -351,8 +382,8 @@ def test_questions_about_parts_of_ones_own_are_answered_where_the_files_are() ->
 
 def test_results_are_read_from_python_as_the_questions_say(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = DOCS / QUESTIONS
+    first_run(here)
     small = [*QUICK, *DRAWN, "dataset=synthetic"]
-    assert call(*small, "hydra.run.dir=runs/first", cwd=here).status == 0
     assert call("-m", *small, "seed=1,2", f"hydra.sweep.dir={SWEPT}", cwd=here).status == 0
     (results, best, gpu) = [placed(tuple(words))[2] for words in lines(page) if words[:2] == ["python", "-c"]]
     run = read("runs/first")
@@ -363,11 +394,14 @@ def test_results_are_read_from_python_as_the_questions_say(here: Path, capsys: p
     assert capsys.readouterr().out == f"{(second if second.objective > first.objective else first).folder}\n"
     exec(gpu, {})
     assert set(capsys.readouterr().out.split()) <= {"True", "False"}
-    (weights,) = (block.text for block in blocks(page) if block.language == "python")
+    (program,) = (block.text for block in blocks(page) if block.language == "python")
     space: dict[str, Any] = {}
-    exec(compile(weights, page.name, "exec"), space)
-    assert not space["model"].training
-    assert space["model"].fc3.out_features == 10
+    exec(compile(program, page.name, "exec"), space)
+    assert not space["classifier"].model.training
+    shown = [line.rpartition(" ") for line in capsys.readouterr().out.splitlines()]
+    best = space["probabilities"].max(1)
+    assert [name for name, _, _ in shown] == [space["classifier"].classes[index] for index in best.indices]
+    assert [float(value) for _, _, value in shown] == best.values.tolist()
 
 
 @pytest.mark.skipif(not SCRIPT.is_file() or not BASH, reason="needs fmexp installed (pip install -e .), and bash")

@@ -23,6 +23,7 @@ import torch
 from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 from program import CHECKOUT, OWN_PROJECT, Finished, environment, run
 from tools import read_events, scalars, weights
 
@@ -250,6 +251,33 @@ def test_own_dataset_model_and_stage_with_the_wheel(installed: Installed, own_pr
     assert result["metrics"]["weights/norm"] == pytest.approx(norm)
     assert {"along", "across"} <= set(events.Tags()["tensors"]), "a PR curve for each class"
     assert scalars(events, "within_class_accuracy/along")
+
+
+def test_a_moved_run_predicts_with_the_wheel_and_names_the_code_that_it_lacks(
+    installed: Installed, own_project: Path, tmp_path: Path
+) -> None:
+    command = shlex.split(commands_of_the_example()[0])
+    assert installed.run(*command, "logging=light", "train.max_steps=20", cwd=own_project).status == 0
+    (folder,) = results(own_project)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.rename(elsewhere / "moved")
+    Image.new("L", (50, 40), 200).save(elsewhere / "picture.png")
+    words = ("python", "-m", "fmexp.predict", "moved", "picture.png", "--top", "2")
+    refused = installed.run(*words, cwd=elsewhere)
+    assert (refused.status, refused.out) == (1, "")
+    assert "model._target_=stripes.model.Roughness cannot be imported: " in refused.err
+    assert refused.err.endswith("Code of your own must be installed or on PYTHONPATH.\n")
+    (elsewhere / "stripes").symlink_to(own_project / "stripes")  # `python -m` imports from the current folder
+    ended = installed.run(*words, cwd=elsewhere)
+    assert (ended.status, ended.err) == (0, "")
+    heads, row = (line.split() for line in ended.out.splitlines())
+    assert heads == ["file", "class", "probability", "class", "2", "probability", "2"]
+    load = "import fmexp; p = fmexp.load('moved').predict('picture.png')[0]; print(*(f'{v:.4f}' for v in p))"
+    found = installed.run("python", "-c", load, cwd=elsewhere)
+    assert (found.status, found.err) == (0, "")
+    assert (row[0], {row[1], row[3]}) == ("picture.png", {"along", "across"})
+    assert sorted(row[2::2]) == sorted(found.out.split())
 
 
 @pytest.mark.parametrize("command", commands_of_the_example()[1:])

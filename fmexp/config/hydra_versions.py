@@ -7,7 +7,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 # 1.4 asks which targets a configuration may name. In fmexp that is whatever its user writes, for the configuration is
-# the user's own program; a folder that is only read is never instantiated.
+# the user's own program; a folder that is only read is never instantiated. `fmexp.load` instantiates the model of a run
+# that the user trusts, as its docs say.
 _UNCHECKED = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 
 # 1.4 has no behaviours of older versions to choose from.

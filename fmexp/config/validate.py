@@ -42,8 +42,7 @@ def check(cfg: DictConfig) -> None:
         for name, stage in cfg.stage.items():
             _check_stage(f"stage.{name}", stage)
         check_limits(cfg)
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
-            raise ConfigError(f"device={cfg.device} must be auto, cpu, mps, cuda or cuda:<number>.")
+        check_device(cfg.device)
         _check_tags(cfg)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -158,6 +157,12 @@ def check_target(key: str, node: Any) -> None:
     """Raise ConfigError where a part of the configuration does not say what is to be called."""
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}={node} must be a mapping with _target_: the import path of what is to be called.")
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for what is no name of a device, whether there is one or not."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"device={name} must be auto, cpu, mps, cuda or cuda:<number>.")
 
 
 def _check_own_keys(dataset: DictConfig) -> None:

@@ -7,7 +7,7 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from numbers import Real
 from typing import Any
@@ -44,14 +44,32 @@ class Split:
 
 
 MapStyle = torch.utils.data.Dataset[Any]
+MOST_NUMBERS = 2**28  # of an image, in a file that says how large they are
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture of any size becomes one of the images.
+
+    Attributes:
+        crop: cut out the middle, after the shortest side was brought to the size of the images; else the whole picture
+            is squeezed into that.
+        resize: the pixels of the shortest side before the middle is cut out; None: as many as the images have.
+    """
+
+    crop: bool = False
+    resize: int | None = None
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Its splits, the names of the classes, and the normalisation (bytes / 255 - mean) / std for each channel.
 
-    `val` is what epochs are compared by, where there is one (train.validation). A map-style split yields bytes, or
-    float32 that is normalised already; mean and std then serve to show them.
+    A map-style split yields bytes, or float32 that is normalised already; mean and std then serve to show them.
+
+    Attributes:
+        val: what epochs are compared by, where there is one (train.validation).
+        fit: how pictures that are predicted after a run are brought to the size of the images.
     """
 
     train: Split | MapStyle
@@ -61,6 +79,7 @@ class Dataset:
     std: tuple[float, ...] = (0.5,)
     description: str = ""
     val: Split | MapStyle | None = None
+    fit: Fit = field(default=Fit(), kw_only=True)
 
     @property
     def splits(self) -> dict[str, Split | MapStyle]:
@@ -78,6 +97,13 @@ class Dataset:
                 image = self.train[0][0]
         channels, height, width = image.shape
         return channels, height, width
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that is needed to give a model that was trained on it other images, for result.json."""
+        numbers = {name: [float(value) for value in getattr(self, name)] for name in ("mean", "std")}
+        shape = [int(side) for side in self.input_shape]
+        return {"classes": [*self.classes], "input_shape": shape, **numbers, "fit": asdict(self.fit)}
 
     def to(self, device: torch.device) -> "Dataset":
         """The same dataset with the splits that are in memory on `device`."""
@@ -224,6 +250,25 @@ def hold_out(names: Sequence[str], labels: Sequence[int], share: float, seed: in
         groups.setdefault(labels[index], []).append(index)
     held = {i for group in groups.values() for i in group[: min(len(group) - 1, max(1, round(share * len(group))))]}
     return [i for i in drawn if i not in held], sorted(held)
+
+
+def blank(facts: dict[str, Any]) -> Dataset:
+    """A dataset with the `facts` of another one, and one black image in each split.
+
+    Raises:
+        ConfigError, KeyError, TypeError, ValueError: these are no facts of a dataset.
+    """
+    shape = [operator.index(side) for side in facts["input_shape"]]
+    if len(shape) != 3 or min(shape) < 1 or math.prod(shape) > MOST_NUMBERS:
+        raise ValueError(f"input_shape is {shape}")
+    crop, resize = (facts["fit"][name] for name in ("crop", "resize"))
+    if not isinstance(crop, bool) or not (resize is None or operator.index(resize) >= max(shape[1:])):
+        raise ValueError(f"fit is {facts['fit']}")
+    split = Split(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    mean, std = (tuple(facts[name]) for name in ("mean", "std"))
+    dataset = Dataset(split, split, facts["classes"], mean, std, fit=Fit(crop, resize))
+    check(dataset)
+    return dataset
 
 
 def check(dataset: Dataset) -> None:

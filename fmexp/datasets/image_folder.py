@@ -11,8 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -23,21 +22,19 @@ import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fmexp.datasets.dataset import Dataset, Split, check_file, hold_out
+from fmexp.datasets.dataset import Dataset, Fit, Split, hold_out
+from fmexp.datasets.pictures import SUFFIXES, attempt, opened, pixels, upright, upright_size, walk
 from fmexp.errors import ConfigError, DataError, first_line
-from fmexp.process import available_cores, available_memory
+from fmexp.process import available_memory
 from fmexp.rundir import atomic
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # a suffix may be wrong; GIF, for pages have given it other names
 SPLITS = r"train(ing)?|test(ing)?|val(id(ation)?)?"  # a folder of such a name is no class
-AT_ONCE = 256  # pictures that wait in memory between those who decode them and the one who keeps them
 SHOWN = 10  # broken pictures that a message names
 
 
@@ -82,7 +79,8 @@ def image_folder(
     about = f"pictures in {folder}; the test split is {origin}"
     ends = len(train), len(train) + len(test)
     own = split(slice(ends[1], None)) if val else None
-    return Dataset(split(slice(ends[0])), split(slice(*ends)), classes, tuple(mean), tuple(std), about, own)
+    fit = Fit(crop and image_size is not None, resize)  # for pictures to come, which may be of any size
+    return Dataset(split(slice(ends[0])), split(slice(*ends)), classes, tuple(mean), tuple(std), about, own, fit=fit)
 
 
 def _check_arguments(image_size: int | None, resize: int | None, crop: bool) -> None:
@@ -124,33 +122,15 @@ class Pictures(torch.utils.data.Dataset[Any]):
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """The picture at `index`, uint8 [C, H, W]."""
         with self._opened(index) as opened:
-            picture = ImageOps.exif_transpose(opened)
+            picture = upright(opened)
             self._check_size((picture.height, picture.width))
-            if picture.mode.startswith("I"):  # 16 bits, of which PIL's own conversion makes white
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.has_transparency_data:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            picture = self._fitted(picture.convert("L" if self.channels == 1 else "RGB"))
-            pixels = np.asarray(picture).reshape(picture.height, picture.width, self.channels)
-            return np.array(pixels.transpose(2, 0, 1), order="C")
-
-    def _fitted(self, picture: Image.Image) -> Image.Image:
-        """Resized and cropped, to the very pixels of torchvision's Resize and CenterCrop."""
-        if self.side is None:
-            return picture
-        width, height = self.side, self.side
-        if self.crop:
-            shortest = self.resize or self.side
-            width, height = (shortest * side // min(picture.size) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (round((side - self.side) / 2) for side in picture.size)
-        return picture.crop((left, top, left + self.side, top + self.side))
+            size = None if self.side is None else (self.side, self.side)
+            return pixels(picture, self.channels, size, Fit(self.crop, self.resize))
 
     def check(self, index: int) -> None:
         """Raise DataError unless the picture's header can be read and its size is right."""
         with self._opened(index) as picture:
-            self._check_size(_upright(picture))
+            self._check_size(upright_size(picture))
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -159,7 +139,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
             return self.side, self.side
         for index in range(len(self)):
             with suppress(DataError), self._opened(index) as picture:
-                return _upright(picture)
+                return upright_size(picture)
         return 0, 0
 
     def _check_size(self, size: tuple[int, int]) -> None:
@@ -167,60 +147,28 @@ class Pictures(torch.utils.data.Dataset[Any]):
             found, first = (f"{width}x{height}" for height, width in (size, self.size))
             raise ValueError(f"is {found} where the first is {first}; dataset.image_size=<pixels> makes all alike")
 
-    @contextmanager
-    def _opened(self, index: int) -> Iterator[Image.Image]:
-        path = self.root / os.fsdecode(self.files[index])
-        check_file(path)
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                yield picture
-        except Exception as error:  # of many kinds: SyntaxError, struct.error, IndexError, for bytes that are damaged
-            raise DataError(f"{path} {_reason(path, error)}") from error
+    def _opened(self, index: int) -> AbstractContextManager[Image.Image]:
+        return opened(self.root / os.fsdecode(self.files[index]))
 
     def each(self, function: Callable[[int], Any], name: str) -> Iterator[Any]:
-        """`function` of every index, in order, by a thread for each core: PIL lets others work while it decodes.
+        """`function` of every index, in order, with a progress bar.
 
         Raises DataError at the end if it did so for any, with all of them.
         """
         broken = []
-
-        def attempt(index: int) -> Any:
-            try:
-                return function(index)
-            except DataError as error:
-                return error
-
-        with (
-            ThreadPoolExecutor(available_cores()) as threads,
-            tqdm(total=len(self), desc=name, unit=" pictures", disable=None, leave=False) as bar,
-        ):
-            for begin in range(0, len(self), AT_ONCE):
-                for result in threads.map(attempt, range(begin, min(begin + AT_ONCE, len(self)))):
-                    bar.update()
-                    if isinstance(result, DataError):
-                        broken.append(str(result))
-                    else:
-                        yield result
+        bar = tqdm(total=len(self), desc=name, unit=" pictures", disable=None, leave=False)
+        with bar:
+            for result in attempt(function, range(len(self))):
+                bar.update()
+                if isinstance(result, DataError):
+                    broken.append(str(result))
+                else:
+                    yield result
         if broken:
             more = f"\n  and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
             raise DataError(
                 f"{len(broken):,} of {len(self):,} pictures cannot be used:\n  " + "\n  ".join(broken[:SHOWN]) + more
             )
-
-
-def _upright(picture: Image.Image) -> tuple[int, int]:
-    """Height and width of a picture, turned as its camera was held, from its header."""
-    width, height = picture.size
-    exif = Image.Image.getexif(picture)  # PNG's own decodes the picture
-    return (width, height) if exif.get(ExifTags.Base.Orientation, 1) > 4 else (height, width)
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_symlink() and not path.exists():
-        return f"is a link to {os.readlink(path)}, which is not there"
-    if isinstance(error, UnidentifiedImageError):
-        return f"is no picture ({', '.join(FORMATS)})" if path.stat().st_size else "is empty"
-    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 # Which pictures there are
@@ -268,20 +216,11 @@ def _pictures(root: Path, split: Path, classes: list[str]) -> list[tuple[str, in
     for name in _folders(split):
         if name not in classes:
             raise DataError(f"{split / name} is of no class: the training split has no {name}.")
-        label, seen = classes.index(name), set[str]()
-        for folder, folders, files in os.walk(split / name, onerror=refuse, followlinks=True):
-            if (place := os.path.realpath(folder)) in seen:  # by a link
-                folders.clear()
-                continue
-            seen.add(place)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for file in files:
-                if file.startswith(".") or file.casefold() in ("thumbs.db", "desktop.ini"):
-                    continue
-                if file.lower().endswith(SUFFIXES):
-                    found.append((label, folder, file))
-                else:
-                    others.append(os.path.join(folder, file))
+        for folder, file in walk(split / name, refuse):
+            if file.lower().endswith(SUFFIXES):
+                found.append((classes.index(name), folder, file))
+            else:
+                others.append(os.path.join(folder, file))
     if others:
         log.info("%s: %d files are no pictures and left out, such as %s", split, len(others), min(others))
     return [(os.path.relpath(os.path.join(folder, file), root), label) for label, folder, file in sorted(found)]

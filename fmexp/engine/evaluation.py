@@ -84,8 +84,14 @@ def evaluate(
     losses = torch.empty(count, dtype=torch.float64)
     seen = 0
     for images, targets in batches(dataset, split, torch.arange(count), BATCH, device=device, workers=workers):
-        logits, targets = model(images.to(memory_format=memory_format)).float().cpu(), targets.cpu()
+        logits, targets = compute_logits(model, images, memory_format), targets.cpu()
         part = slice(seen, seen := seen + len(targets))
         probabilities[part], labels[part] = F.softmax(logits, 1), targets
         losses[part] = F.cross_entropy(logits.double(), targets, reduction="none")
     return Evaluation(probabilities, labels, float(losses.mean()))
+
+
+def compute_logits(model: nn.Module, images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """What a model says of images [B, C, H, W] on its device: logits float32 [B, K], on the CPU."""
+    logits: Tensor = model(images.to(memory_format=memory_format))
+    return logits.float().cpu()

@@ -16,11 +16,11 @@ from fmexp import config
 from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.rundir import atomic, bounded
 
-RESULT, CONFIG = "result.json", ".hydra/config.yaml"
+RESULT, CONFIG, WEIGHTS = "result.json", ".hydra/config.yaml", "model.pt"
 LOCK, OWNER = ".lock", ".lock.owner"
 TRACE = "trace.json.gz"
 # The last two are checkpoint.py's, which imports torch.
-FILES = (RESULT, CONFIG, LOCK, OWNER, TRACE, "fmexp.log", "model.pt", "checkpoint.pt", "checkpoint.previous.pt")
+FILES = (RESULT, CONFIG, LOCK, OWNER, TRACE, "fmexp.log", WEIGHTS, "checkpoint.pt", "checkpoint.previous.pt")
 
 
 class LockedError(ConfigError):

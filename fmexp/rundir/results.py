@@ -115,6 +115,27 @@ def read(folder_of_run: str | Path) -> Result:
     return _read(path)
 
 
+def read_complete(folder_of_run: str | Path) -> Result:
+    """Read a run that was trained to its end and has its weights, in model.pt.
+
+    Raises:
+        FmexpError: as `read`, or there are no such weights; the message says why, and the way out.
+    """
+    run = read(folder_of_run)
+    folder = printable(str(run.folder.absolute()))
+    ways_out = {
+        "running": f"{layout.owner(run.folder)} is training it. Wait for its end.",
+        "interrupted": "it was stopped. The command that began it goes on with hydra.run.dir=<this folder>.",
+        "diverged": "it diverged. Train again in another folder; a smaller optimizer.lr is the usual cure.",
+        "failed": f"it failed: {run.error}\nIts fmexp.log has more. The command that began it tries again with "
+        "hydra.run.dir=<this folder>.",
+        "complete": f"{layout.WEIGHTS} is gone. Copy it back, or train again in another folder.",
+    }
+    if run.status != "complete" or not (run.folder / layout.WEIGHTS).exists():
+        raise FmexpError(f"{folder} has no trained weights: {ways_out[run.status]}")
+    return run
+
+
 def status(path: Path) -> str:
     """What became of the run in a folder: complete, diverged, failed, running or interrupted.
 

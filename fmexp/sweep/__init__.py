@@ -2,6 +2,7 @@
 
 from fmexp.config import maximised
 from fmexp.sweep.members import Member, ranked, read, start
-from fmexp.sweep.report import aligned, conclude, replicates, table
+from fmexp.sweep.report import conclude, replicates, table
+from fmexp.tables import aligned
 
 __all__ = ["Member", "aligned", "conclude", "maximised", "ranked", "read", "replicates", "start", "table"]

@@ -27,7 +27,8 @@ from fmexp.sweep import processes, slurm
 from fmexp.sweep.job import Composer, Job, ended_by_signals, run
 from fmexp.sweep.members import by_digest, free_folder
 from fmexp.sweep.progress import Progress
-from fmexp.sweep.report import aligned, begin, conclude
+from fmexp.sweep.report import begin, conclude
+from fmexp.tables import aligned
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """What a person reads of a sweep: its table, CSV files, picture and HPARAMS' columns."""
 
-import csv
 import io
 import logging
 import os
@@ -29,6 +28,7 @@ from fmexp.sweep.members import (
     ranked,
     read,
 )
+from fmexp.tables import aligned, csv_text
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +131,6 @@ def fitted(rows: list[list[str]], width: int, objective: str) -> tuple[list[list
     return [[*row[:-1], row[-1] if len(row[-1]) <= room else f"{row[-1][: room - 1]}…"] for row in rows], lost
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines)
-
-
 def conclude(root: Path, not_begun: int = 0) -> str:
     """Write the tables, the pictures and the run `summary`, and return the table with what to say below it.
 
@@ -152,9 +145,9 @@ def conclude(root: Path, not_begun: int = 0) -> str:
     rows, groups = table(root, members), replicates(root, members)
     picture, drawing = figure.render(root, members)
     try:
-        atomic.atomic_write(root / "sweep.csv", _csv(table(root, members, digits=None)))
+        atomic.atomic_write(root / "sweep.csv", csv_text(table(root, members, digits=None)))
         if groups:
-            atomic.atomic_write(root / "replicates.csv", _csv(replicates(root, members, digits=None)))
+            atomic.atomic_write(root / "replicates.csv", csv_text(replicates(root, members, digits=None)))
         atomic.atomic_write(root / "sweep.png", picture)
         atomic.atomic_write(root / "sweep.svg", drawing)
         _write_summary(root, rows, picture)
@@ -200,23 +193,6 @@ def _write_summary(root: Path, rows: list[list[str]], picture: bytes) -> None:
     words.value[0].tensor.dtype = 7  # a string
     words.value[0].tensor.string_val.append(markdown.encode())
     _write_events(root / "summary", [Summary(value=[Summary.Value(tag="sweep", image=image)]), words])
-
-
-def _csv(rows: Sequence[Sequence[str]]) -> str:
-    content = io.StringIO()
-    csv.writer(content).writerows([_cell(text) for text in row] for row in rows)
-    return content.getvalue()
-
-
-def _cell(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: text that begins as one gets an apostrophe."""
-    if not text.startswith(("=", "+", "-", "@")):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text
 
 
 def _shown(value: float, digits: int | None) -> str:
