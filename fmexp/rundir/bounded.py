@@ -78,7 +78,7 @@ def parse_yaml(text: str) -> Any:
     return {} if found is None else found
 
 
-class _Loader(_Parser):  # type: ignore[misc]
+class _Loader(_Parser):  # type: ignore[misc, valid-type]
     """YAML's plain types with what OmegaConf changes: 1e-3 is a number, a date is text, no key is there twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
