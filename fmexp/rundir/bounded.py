@@ -63,9 +63,10 @@ def read_yaml(path: Path) -> Any:
     text = _read_text(path, MOST_YAML)
     try:
         _check_bounds(text)
-        return parse_yaml(text)
+        found = parse_yaml(text)
     except Exception as error:  # whatever a damaged file makes a YAML reader raise
         raise FmexpError(f"{path} is damaged: {first_line(error)}. Move it away to go on.") from error
+    return {} if found is None else found
 
 
 def parse_yaml(text: str) -> Any:
@@ -74,8 +75,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError, ValueError: it is no YAML.
     """
-    found = yaml.load(text, _Loader)
-    return {} if found is None else found
+    return yaml.load(text, _Loader)
 
 
 class _Loader(_Parser):  # type: ignore[misc, valid-type]

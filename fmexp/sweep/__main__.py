@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from fmexp import process
@@ -98,7 +99,8 @@ def _print_table(runs: list[compare.Entry], args: argparse.Namespace) -> None:
     shown = compare.with_differences(runs, keys) if len(runs) > 1 else runs  # of one, what was typed
     end = args.best and args.best + 1  # with the heads
     if args.csv:
-        csv = as_csv(table(Path(), shown, None, objective)[:end])
+        in_full = [replace(run, label=printable(str(run.folder))) for run in shown]
+        csv = as_csv(table(Path(), in_full, None, objective)[:end])
         if args.csv == "-":
             return print(csv, end="")
         atomic.atomic_write(Path(args.csv).absolute(), csv)
@@ -107,7 +109,8 @@ def _print_table(runs: list[compare.Entry], args: argparse.Namespace) -> None:
     for line in printed(rows, groups[:end], objective, args.csv or "the file of --csv", keys_too=True):
         print(line)
     counts = Counter(run.status for run in runs)
-    print(f"\n{len(runs)} runs: {', '.join(f'{counts[name]} {name}' for name in STATUSES if counts[name])}")
+    said = ", ".join(f"{counts[name]} {name}" for name in STATUSES if counts[name])
+    print(f"\n{len(runs)} runs in {printable(str(compare.above([run.folder for run in runs])))}: {said}")
     print(f"ranked by {printable(objective)}: {'more' if maximised(objective) else 'less'} is better")
     if twins:
         more = f" and {len(twins) - 1} more such pairs" if len(twins) > 1 else ""

@@ -65,17 +65,22 @@ def find(roots: Sequence[Path]) -> list[Path]:
 def read(paths: Sequence[Path]) -> list[Entry]:
     """The runs of some folders; those that are damaged, or of another program, are left out with a warning."""
     entries = []
-    above = Path(os.path.commonpath([path.parent for path in paths]))
+    root = above(paths)
     for path in paths:
         try:
             tree = layout.read_config(path)
             check_tree(tree)
             identity = {key: json.dumps(value, sort_keys=True) for key, value in config.identity(tree).items()}
-            label = printable(str(path.relative_to(above)))
+            label = printable(str(path.relative_to(root)))
             entries.append(Entry(**vars(read_member(path)), settings=config.flat(tree), identity=identity, label=label))
         except Exception as error:  # whatever a damaged file makes a reader raise
             warn_left_out(path, error)
     return entries
+
+
+def above(paths: Sequence[Path]) -> Path:
+    """The folder that all runs lie in, which their labels begin at."""
+    return Path(os.path.commonpath([path.parent for path in paths]))
 
 
 def choose(entries: Sequence[Entry], conditions: Sequence[str]) -> list[Entry]:
@@ -190,6 +195,8 @@ def command(folder: Path) -> str | None:
     try:
         words = [str(word) for word in bounded.read_yaml(folder / ".hydra" / "overrides.yaml")]
     except (FileNotFoundError, FmexpError, TypeError):
+        return None
+    if any(word.startswith("-") for word in words):  # no override, so that fmexp has not written it
         return None
     with suppress(Exception):  # a member that failed at once has no hydra.yaml, and a damaged one says nothing
         about = bounded.read_yaml(folder / ".hydra" / "hydra.yaml")["hydra"]

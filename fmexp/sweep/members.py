@@ -49,8 +49,11 @@ def read(root: str | Path) -> list[Member]:
 
 
 def check_tree(tree: dict[str, Any]) -> None:
-    """Raise whatever an exception where a configuration is of no run of fmexp's: other programs have .hydra/, too."""
-    _ = tree["objective"], tree["train"]["tag"], hparams(tree)
+    """Raise FmexpError where a configuration is of no run of fmexp's: other programs have .hydra/, too."""
+    try:
+        _ = tree["objective"], tree["train"]["tag"], hparams(tree)
+    except Exception as error:  # whatever it is made of
+        raise FmexpError("its configuration is not that of a run of fmexp") from error
 
 
 def warn_left_out(path: Path, error: Exception) -> None:
