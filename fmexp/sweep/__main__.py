@@ -28,6 +28,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     roots = [root.absolute() for root in args.folder]
     _check(parser, args, roots)
+    status = 0
     try:
         folders = compare.find(roots)
         asked = args.objective or args.where or args.best or args.csv or args.delete
@@ -36,13 +37,16 @@ def main() -> None:
         else:
             runs = compare.choose(compare.read(folders), args.where)
             if args.delete:
-                sys.exit(delete.ask_and_delete(runs, args.delete, yes=args.yes))
-            _print_table(runs, args)
+                status = delete.ask_and_delete(runs, args.delete, yes=args.yes)
+            else:
+                _print_table(runs, args)
         process.require_output()
     except FmexpError as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(f"The table cannot be written: {error}")
+    if status:
+        sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from fmexp.sweep.members import Member, check_tree, folder_number, ranked, read_
 
 MOST_FOLDERS = 100_000  # that are looked into below what one names; / would keep a reader busy for hours
 TARGET = "._target_"  # model._target_ is shown as model, and its value without the modules
+WORDS = ("tags", "note")  # which change nothing of a run
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,14 @@ def differing(entries: Sequence[Entry]) -> list[str]:
 
 
 def with_differences(entries: Sequence[Entry], keys: Sequence[str]) -> list[Entry]:
-    """The runs with the values of these keys in place of their overrides, as `table` shows them."""
+    """The runs with the values of these keys in place of their other overrides, as `table` shows them."""
     columns = {key: _shown(key, entries) for key in keys}
-    return [
-        replace(entry, overrides={heading(key): shown.get(entry.identity.get(key, ""), "")
-                                  for key, shown in columns.items()})
-        for entry in entries
-    ]  # fmt: skip
+    changed = []
+    for entry in entries:
+        values = {heading(key): shown.get(entry.identity.get(key, ""), "") for key, shown in columns.items()}
+        words = {key: entry.overrides[key] for key in WORDS if key in entry.overrides}
+        changed.append(replace(entry, overrides=values | words))
+    return changed
 
 
 def replicates(
@@ -175,7 +177,7 @@ def replicates(
                 twins.append((first, entry))
     if all(len(group) == 1 for group in groups.values()):
         return [], twins
-    keys = [key for key in entries[0].overrides if key != "seed"]
+    keys = [key for key in entries[0].overrides if key not in ("seed", *WORDS)]
     rows = []
     found = [list(group.values()) for group in groups.values()]
     mean = {id(group): statistics.mean(entry.objective for entry in group) for group in found}

@@ -14,11 +14,9 @@ from fmexp.sweep.compare import Entry
 STATUSES = ("failed", "interrupted", "diverged")  # never what is complete or running
 PARTS = ("seed", "objective", "train", "dataset", "model", "optimizer")  # of every configuration of fmexp's
 
-# All that a run, its stages and its writer leave in its folder. Of the projector: <step>/<tag>/ with three files.
+# What a run, its stages and its writer leave beside `layout.FILES`. The projector has <step>/<tag>/ with three files.
 _FILES = re.compile(
-    r"result\.json|model\.pt|fmexp\.log|\.lock|\.lock\.owner|checkpoint(\.previous|\.damaged)?\.pt"
-    r"|events\.out\.tfevents\.[^/]+|projector_config\.pbtxt"
-    r"|\.hydra/(config|hydra|overrides)\.yaml"
+    r"checkpoint\.damaged\.pt|events\.out\.tfevents\.[^/]+|projector_config\.pbtxt|\.hydra/(hydra|overrides)\.yaml"
     r"|\d{5,}/[^/]+/(tensors\.tsv|metadata\.tsv|sprite\.png)"
     r"|(\.hydra/)?\.[^/]+\.[a-z0-9_]{8}\.part"  # of a process that was killed
 )
@@ -108,8 +106,9 @@ def _written(run: Entry) -> list[tuple[PurePath, bool]]:
             for entry in entries:
                 path = folder / entry.name
                 is_folder = entry.is_dir(follow_symlinks=False)
-                pattern = _FOLDERS if is_folder else _FILES
-                if not pattern.fullmatch(str(path)) or not (is_folder or entry.is_file(follow_symlinks=False)):
+                if not (is_folder and _FOLDERS.fullmatch(str(path))) and not (
+                    entry.is_file(follow_symlinks=False) and (str(path) in layout.FILES or _FILES.fullmatch(str(path)))
+                ):
                     raise FmexpError(f"it holds {path}, which no run has written" + " (a link)" * entry.is_symlink())
                 found.append((path, is_folder))
                 todo += [path] * is_folder

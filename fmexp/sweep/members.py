@@ -51,9 +51,12 @@ def read(root: str | Path) -> list[Member]:
 def check_tree(tree: dict[str, Any]) -> None:
     """Raise FmexpError where a configuration is of no run of fmexp's: other programs have .hydra/, too."""
     try:
-        _ = tree["objective"], tree["train"]["tag"], hparams(tree)
-    except Exception as error:  # whatever it is made of
-        raise FmexpError("its configuration is not that of a run of fmexp") from error
+        names = tree["objective"], tree["train"]["tag"]
+        known = all(isinstance(name, str) for name in names) and hparams(tree)
+    except (AttributeError, KeyError, TypeError):
+        known = {}
+    if not known:
+        raise FmexpError("its configuration is not that of a run of fmexp")
 
 
 def warn_left_out(path: Path, error: Exception) -> None:

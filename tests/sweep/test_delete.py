@@ -219,11 +219,11 @@ def test_a_run_behind_a_link_is_left_alone(failed: Path, tmp_path: Path, command
 
 def test_an_output_folder_of_another_program_is_no_run(tmp_path: Path, command: Command) -> None:
     write_run(tmp_path / "runs" / "ours", None, "interrupted")
-    for name, config in (("theirs", "db: 1"), ("alike", "{objective: loss, train: {tag: a}}")):
+    for name, config in (("theirs", "db: 1"), ("alike", "{seed: 1, objective: loss, train: {tag: a}}")):
         (tmp_path / "runs" / name / ".hydra").mkdir(parents=True)
         (tmp_path / "runs" / name / ".hydra" / "config.yaml").write_text(config)
     done = command(str(tmp_path), "--delete", "interrupted", "--yes")
-    assert "its configuration has no seed, so that it is no run of fmexp" in done.out
+    assert "its configuration has no dataset, so that it is no run of fmexp" in done.out
     assert names(tmp_path / "runs") == {"theirs", "alike"}
 
 
