@@ -282,16 +282,27 @@ def test_command(command: Command, here: Path) -> None:
 def test_commands_that_print_a_table(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    grid = ["-m", "dataset=synthetic", "seed=1,2", f"hydra.sweep.dir={SWEPT}"]
+    grid = ["-m", "dataset=synthetic", "optimizer.lr=0.01,0.001", f"hydra.sweep.dir={SWEPT}"]
     assert call(*smaller(grid), cwd=here).status == 0
+    assert call(*smaller(["dataset=synthetic", "hydra.run.dir=runs/first"]), cwd=here).status == 0
+    accuracy = {path.name: read(path).objective for path in (*(here / SWEPT).glob("*_lr*"), here / "runs" / "first")}
     commands = [command for command in COMMANDS if command.module == "fmexp.sweep"]
     assert len(commands) >= 2
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["sweep.py", *placed(command.words)])
         sweep_main()
         table = capsys.readouterr().out
-        assert "2 members: 2 complete" in table
-        assert all(f"complete  {member.seconds:.1f}" in table for member in sweep.read(here / SWEPT))
+        shown = {name for name, value in accuracy.items() if f"{value:.4f}" in table and name in table}
+        if "--delete" in command.words:
+            assert table == "0 of 3 runs failed: nothing was deleted\n"
+        elif "--where" in command.words:
+            assert "1 runs in" in table
+        elif len(command.words) == 1:
+            assert "2 members: 2 complete" in table
+            assert shown == accuracy.keys() - {"first"}
+        else:
+            assert "3 runs in" in table
+            assert shown == accuracy.keys()
 
 
 def first_run(here: Path) -> None:

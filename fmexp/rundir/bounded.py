@@ -5,12 +5,12 @@ A run's folder may be somebody else's. Nothing in it is resolved or executed, an
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
 
 from fmexp.errors import FmexpError, first_line, printable
 
@@ -63,9 +63,40 @@ def read_yaml(path: Path) -> Any:
     text = _read_text(path, MOST_YAML)
     try:
         _check_bounds(text)
-        return OmegaConf.to_container(OmegaConf.create(text))  # floats such as 1e-3 are text for yaml.safe_load
+        found = parse_yaml(text)
     except Exception as error:  # whatever a damaged file makes a YAML reader raise
         raise FmexpError(f"{path} is damaged: {first_line(error)}. Move it away to go on.") from error
+    return {} if found is None else found
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says, as OmegaConf reads it, but six times as fast: a table of 1,000 runs reads as many files.
+
+    Raises:
+        yaml.YAMLError, ValueError: it is no YAML.
+    """
+    return yaml.load(text, _Loader)
+
+
+class _Loader(_Parser):  # type: ignore[misc, valid-type]
+    """YAML's plain types with what OmegaConf changes: 1e-3 is a number, a date is text, no key is there twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value) or None in found:
+            raise ValueError("a key is there twice, or is null")
+        return found
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Parser.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def last_lines(path: Path, count: int) -> list[str]:
@@ -95,6 +126,8 @@ def _check_bounds(text: str) -> None:
     for number, event in enumerate(yaml.parse(text, _Parser)):
         if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for any amount of data; a run writes none
             raise ValueError("it has references")
+        if getattr(event, "tag", None) not in (None, "!"):  # of bytes, sets, dates: no configuration has them
+            raise ValueError(f"it has a tag, {event.tag}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST or number > MOST_NODES or len(getattr(event, "value", "")) > MOST_SCALAR:
             raise ValueError("it is deeper or longer than what a run writes")

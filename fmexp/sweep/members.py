@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fmexp.config import hparams, maximised
 from fmexp.config.overrides import quote, split, varied_keys
@@ -31,19 +32,37 @@ class Member(results.Result):
     overrides: dict[str, str]
 
 
+M = TypeVar("M", bound=Member)
+
+
 def read(root: str | Path) -> list[Member]:
     """The members of a sweep, or the runs of any folder, in the order of their numbers; damaged ones are left out."""
     members: list[Member] = []
     for path in sorted(member_folders(Path(root)), key=folder_number):
         try:
             if not members:
-                first = layout.read_config(path)  # which speaks for all
-                _ = first["objective"], first["train"]["tag"], hparams(first)
-            members.append(_read_member(path))
+                check_tree(layout.read_config(path))  # which speaks for all
+            members.append(read_member(path))
         except Exception as error:  # whatever a damaged file makes a reader raise
-            name = printable(str(path.absolute()))
-            log.warning("%s is left out, for it cannot be read: %s", name, first_line(error))
+            warn_left_out(path, error)
     return members
+
+
+def check_tree(tree: dict[str, Any]) -> None:
+    """Raise FmexpError where a configuration is of no run of fmexp's: other programs have .hydra/, too."""
+    try:
+        names = tree["objective"], tree["train"]["tag"]
+        known = all(isinstance(name, str) for name in names) and hparams(tree)
+    except (AttributeError, KeyError, TypeError):
+        known = {}
+    if not known:
+        raise FmexpError("its configuration is not that of a run of fmexp")
+
+
+def warn_left_out(path: Path, error: Exception) -> None:
+    """Say that the folder of a run is not among what was read."""
+    name = printable(str(path.absolute()))
+    log.warning("%s is left out, for it cannot be read: %s", name, first_line(error))
 
 
 def start(overrides: Sequence[str], root: str | Path) -> list[Member]:
@@ -94,7 +113,7 @@ def objective_of(root: Path) -> str:
     return "test/accuracy"
 
 
-def ranked(members: Sequence[Member], objective: str) -> list[Member]:
+def ranked(members: Sequence[M], objective: str) -> list[M]:
     """The members, best first, those without an objective at the end."""
     sign = -1 if maximised(objective) else 1
     return sorted(members, key=lambda m: (1, 0.0) if math.isnan(m.objective) else (0, sign * m.objective))
@@ -139,7 +158,8 @@ def _is_free(path: Path, digest: str) -> bool:
     return False
 
 
-def _read_member(path: Path) -> Member:
+def read_member(path: Path) -> Member:
+    """The run of a folder with its overrides; raises whatever a damaged file makes a reader raise."""
     result = results.read(path)
     try:
         words = bounded.read_yaml(path / ".hydra" / "overrides.yaml")

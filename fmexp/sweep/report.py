@@ -74,15 +74,17 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     _write_events(root.resolve(), [summary])  # the sweep's folder itself may be named by a link
 
 
-def table(root: Path, members: Sequence[Member], digits: int | None = 4) -> list[list[str]]:
+def table(
+    root: Path, members: Sequence[Member], digits: int | None = 4, objective: str | None = None
+) -> list[list[str]]:
     """Rows of text, the first the heads: varied keys, metrics, status, seconds, folder.
 
-    Numbers are in full without `digits`.
+    Numbers are in full without `digits`. The members are ranked by the objective of those in `root`, or as that says.
     """
     varied = varied_keys(override_words(members))
     metrics = list(dict.fromkeys(name for member in members for name in member.metrics if name != "seconds"))
     rows = [[*varied, *metrics, "status", "seconds", "folder"]]
-    for member in ranked(members, objective_of(root)):
+    for member in ranked(members, objective or objective_of(root)):
         values = [_shown(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
         keys = [member.overrides.get(key, "") for key in varied]
         seconds = _shown(member.seconds, digits and 1)
@@ -108,11 +110,13 @@ def replicates(root: Path, members: Sequence[Member], digits: int | None = 4) ->
     return rows
 
 
-def fitted(rows: list[list[str]], width: int, objective: str) -> tuple[list[list[str]], list[str]]:
+def fitted(
+    rows: list[list[str]], width: int, objective: str, keys_too: bool = False
+) -> tuple[list[list[str]], list[str]]:
     """A table of `table` that is at most `width` letters wide, where that can be had, and the columns that it lost.
 
     First the folder's name is shortened, which begins with its number; then keys go that are the same in all rows, as
-    in those of one member, and then metrics, but not the objective.
+    in those of one member, and then metrics, but not the objective; with `keys_too` all other keys, the last first.
     """
     rows = [list(row) for row in rows]
     shortest = min(max(len(row[-1]) for row in rows), SHORTEST_FOLDER)
@@ -121,7 +125,8 @@ def fitted(rows: list[list[str]], width: int, objective: str) -> tuple[list[list
     metrics.sort(key=lambda name: (name not in FIRST_METRICS, FIRST_METRICS.get(name, 0)), reverse=True)
     same = [name for name, place in at.items() if "/" not in name and len({row[place] for row in rows[1:]}) == 1]
     lost: list[str] = []
-    for name in [*same, *metrics]:
+    others = [name for name in reversed(at) if "/" not in name and name not in same] if keys_too else []
+    for name in [*same, *metrics, *others]:
         if _width(rows) - max(len(row[-1]) for row in rows) + shortest <= width:
             break
         place = rows[0].index(name)
@@ -165,19 +170,21 @@ def conclude(root: Path, not_begun: int = 0) -> str:
     ]
     said = ", ".join(f"{counts[name]} {name}" for name in STATUSES if counts[name])
     return "\n".join(
-        [*_printed(root, rows, groups), "", *failures, f"{sum(counts.values())} members: {said}",
+        [*printed(rows, groups, objective_of(root)), "", *failures, f"{sum(counts.values())} members: {said}",
          printable(written)]
     )  # fmt: skip
 
 
-def _printed(root: Path, rows: list[list[str]], groups: list[list[str]]) -> list[str]:
-    """The tables as the console has them: in a terminal not wider than that."""
+def printed(
+    rows: list[list[str]], groups: list[list[str]], objective: str, file: str = "sweep.csv", keys_too: bool = False
+) -> list[str]:
+    """The tables as the console has them: in a terminal not wider than that, as `fitted`. All is in `file`."""
     shown, lines = rows[: SHOWN + 1], []
     if sys.stdout.isatty():
-        shown, lost = fitted(shown, shutil.get_terminal_size().columns, objective_of(root))
-        lines = [f"not shown: {', '.join(lost)} (all in sweep.csv)"] if lost else []
+        shown, lost = fitted(shown, shutil.get_terminal_size().columns, objective, keys_too)
+        lines = [f"not shown: {', '.join(lost)} (all in {file})"] if lost else []
     if len(rows) > SHOWN + 1:
-        lines.append(f"... and {len(rows) - SHOWN - 1} more in sweep.csv")
+        lines.append(f"... and {len(rows) - SHOWN - 1} more in {file}")
     return [aligned(shown), *lines, *(["", aligned(groups)] if groups else [])]
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tools import small
 
 import fmexp
 from fmexp import execute, sweep
+from fmexp.config import resolved
 from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.rundir import bounded, layout
 
@@ -69,7 +71,10 @@ def test_only_a_file_is_opened(make: Callable[[Path], Any], read: Callable[[Path
         (bounded.read_yaml, f"'{'${' * 10_000}'", "has too many interpolations"),
         (bounded.read_yaml, BOMB, "is damaged: it has references"),
         (bounded.read_yaml, "a: [", "is damaged: "),
-        (bounded.read_yaml, "!!python/object/apply:os.getpid []", "is damaged: could not determine a constructor"),
+        (bounded.read_yaml, "!!python/object/apply:os.getpid []", "is damaged: it has a tag, tag:yaml.org,2002:python"),
+        (bounded.read_yaml, "a: !!binary aGk=", "is damaged: it has a tag"),
+        (bounded.read_yaml, "a: 1\na: 2", "is damaged: a key is there twice"),
+        (bounded.read_yaml, "null: 1", "is damaged: a key is there twice, or is null"),
         (bounded.read_yaml, "a: " + "x" * bounded.MOST_YAML, "has more than 1,048,576 bytes"),
     ],
 )
@@ -83,6 +88,30 @@ def test_nothing_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SECRET", "it is secret")
     (tmp_path / "file").write_text("['name=${oc.env:SECRET}', a&b, 1e-3]")
     assert bounded.read_yaml(tmp_path / "file") == ["name=${oc.env:SECRET}", "a&b", 1e-3]
+
+
+WORDS = [
+    "1e-3", "1.5e3", "1.5e-3", "1.", "1_000", "1_0e3", "1__0e3", "0.1", "-.5", "+.5e-3", ".5e3", "1E5", ".inf", "-.Inf",
+    ".nan", "2001-01-01", "1:30", "12:30:45.5", "yes", "no", "on", "null", "~", "0x1f", "0o17", "017", "1e", "e5",
+    "1e-3x", "_1e3", "'1e-3'", '""', "[]", "{}", "{a:}", "[1,'2',x]", "a${b}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_value_is_read_as_what_omegaconf_has_written(word: str, tmp_path: Path) -> None:
+    meant = OmegaConf.to_container(OmegaConf.create(f"a: {word}"))
+    for content in (meant, {"a": word}):  # the word as YAML, and as text that must stay text
+        (tmp_path / "file").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
+        assert repr(bounded.read_yaml(tmp_path / "file")) == repr(content)  # NaN is not itself
+
+
+def test_a_configuration_is_read_as_omegaconf_reads_it(tmp_path: Path) -> None:
+    tree = resolved(small("model=mlp", "augment=chain", "optimizer=adam", "optimizer.lr=1e-5"))
+    path = tmp_path / "file"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+    assert repr(bounded.read_yaml(path)) == repr(tree) == repr(OmegaConf.to_container(OmegaConf.load(path)))
+    path.write_text("# nothing\n")
+    assert bounded.read_yaml(path) == {}
 
 
 def test_what_a_terminal_would_obey_is_shown_as_its_code() -> None:

@@ -1,9 +1,13 @@
 """Sweeps that several tests look at, each executed once."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from program import Finished
+
+from fmexp.sweep.__main__ import main as sweep_main
 
 pytest.register_assert_rewrite("sweep_tools")
 
@@ -16,6 +20,23 @@ def no_sweep_is_left() -> Iterator[None]:
     yield
     while Sweep.started:
         Sweep.started.pop().kill()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Call what `python -m fmexp.sweep` executes, in this process."""
+
+    def call(*words: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
+        status, said = 0, ""
+        try:
+            sweep_main()
+        except SystemExit as left:
+            status, said = (left.code, "") if isinstance(left.code, int) else (1, str(left.code))
+        out, err = capsys.readouterr()
+        return Finished(status, out, err + said)
+
+    return call
 
 
 @pytest.fixture

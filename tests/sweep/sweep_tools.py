@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import program
+from omegaconf import OmegaConf
 from program import alive, default_signals
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tools import small
+
+from fmexp.config import resolved
+from fmexp.rundir import layout
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -163,3 +168,33 @@ def fabricate(
             writer.add_event(Event(wall_time=0.0, step=step, summary=summary))
         writer.close()
     return path
+
+
+CHOICES = {"sgd": (), "adam": ("optimizer=adam",), "mlp": ("model=mlp",)}
+TREES: dict[str, dict[str, Any]] = {}
+
+
+def write_run(
+    folder: Path,
+    score: float | None = 0.5,
+    status: str = "complete",
+    choice: str = "sgd",
+    words: Sequence[str] | None = None,
+    metrics: dict[str, float] | None = None,
+    **keys: Any,
+) -> Path:
+    """Write the folder of a run that was never trained; optimizer__lr=0.1 is optimizer.lr."""
+    if choice not in TREES:
+        TREES[choice] = resolved(small("logging=light", *CHOICES[choice]))
+    cfg = OmegaConf.create(TREES[choice])
+    for key, value in keys.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value)
+    tree = resolved(cfg)
+    folder.mkdir(parents=True)
+    layout.write_config(folder, tree, {} if words is None else {"overrides.yaml": OmegaConf.create(list(words))})
+    if status != "interrupted":
+        content = {"status": status, "objective": score, "seconds": 1.5, "metrics": metrics or {}}
+        if score is not None:
+            content["metrics"] = {tree["objective"]: score, **(metrics or {})}
+        layout.write_result(folder, content)
+    return folder

@@ -12,7 +12,6 @@ from program import run as execute_program
 from tools import small
 
 from fmexp import execute, sweep
-from fmexp.sweep.__main__ import main as sweep_main
 
 Command = Callable[..., Finished]
 DAMAGE = {
@@ -40,23 +39,6 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(executed: Path, tmp_path: Path) -> Path:
     """A copy of that folder."""
     return shutil.copytree(executed, tmp_path / "runs")
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Call what `python -m fmexp.sweep` executes, in this process."""
-
-    def call(*words: str) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
-        status, said = 0, ""
-        try:
-            sweep_main()
-        except SystemExit as left:
-            status, said = (left.code, "") if isinstance(left.code, int) else (1, str(left.code))
-        out, err = capsys.readouterr()
-        return Finished(status, out, err + said)
-
-    return call
 
 
 def test_table_of_runs_that_python_has_executed(runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +72,8 @@ def test_one_damaged_run_does_not_cost_the_table(
 def test_help_says_what_is_printed_and_written(tmp_path: Path) -> None:
     done = execute_program("--help", cwd=tmp_path, command=(sys.executable, "-m", "fmexp.sweep"))
     assert (done.status, done.err) == (0, "")
-    assert "usage: python -m fmexp.sweep [-h] folder" in done.out
+    assert "usage: python -m fmexp.sweep [-h] " in done.out
+    assert "folder [folder ...]\n" in done.out
     assert "sweep.csv" in done.out
     assert list(tmp_path.iterdir()) == []
     env = environment() | {"COLUMNS": "80"}
@@ -106,9 +89,12 @@ def test_folder_that_is_not_there_or_holds_no_run(
     assert missing.status == 2
     assert f"error: {runs.parent / 'nowhere'} is no folder" in missing.err
     assert command().status == 2
+    (runs / "empty").mkdir()
+    assert command("runs/empty") == Finished(1, "", f"No folder in {runs / 'empty'} holds a run.")
+    assert list((runs / "empty").iterdir()) == []
     above = command(".")
-    assert above == Finished(1, "", f"No folder in {runs.parent} holds a run. There are runs in {runs}.")
-    assert {path.name for path in runs.parent.iterdir()} == {"runs"}
+    assert (above.status, above.err) == (0, "")
+    assert f"2 runs in {runs}: 2 complete" in above.out
     assert not (runs / "sweep.csv").exists()
 
 

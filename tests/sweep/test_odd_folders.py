@@ -22,7 +22,7 @@ from fmexp import execute, sweep
 from fmexp.config import resolved
 from fmexp.errors import FmexpError
 from fmexp.rundir import layout
-from fmexp.sweep import report
+from fmexp.sweep import compare, report
 
 ESCAPE, SECRET = "\x1b[2J\x1b]0;title\x07", "it is secret"
 TEXTS = {
@@ -115,6 +115,16 @@ def scalars(folder: Path) -> object:
     return fmexp.read(folder).scalars
 
 
+def compared(root: Path) -> str:
+    """The table of the runs in a folder as those of any folders, with what is said of each."""
+    runs = compare.read(compare.find([root]))
+    objective, runs = compare.judged(runs, "test/accuracy")
+    shown = compare.with_differences(runs, compare.differing(runs))
+    commands = [str(compare.command(run.folder)) for run in runs]
+    rows = [*sweep.table(root, shown, objective=objective), *compare.replicates(shown, objective)[0]]
+    return "\n".join([*(" ".join(row) for row in rows), *commands])
+
+
 def in_words(function: Callable[[], object]) -> str:
     """What a call returns or says, as text."""
     try:
@@ -143,7 +153,7 @@ def test_any_folder_is_read_as_data(
                 if number < len(names):
                     harm(root / names[number], file, how)
             before = content(root)
-            said = [str(sweep.read(root))]
+            said = [str(sweep.read(root)), in_words(partial(compared, root))]
             for name in names:
                 said.append(in_words(partial(fmexp.read, root / name)))
                 said.append(in_words(partial(scalars, root / name)))
