@@ -17,9 +17,21 @@ from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.rundir import atomic, bounded
 
 RESULT, CONFIG = "result.json", ".hydra/config.yaml"
+LINEAGE, PATCH = ".hydra/lineage.json", ".hydra/uncommitted.patch"
 LOCK, OWNER = ".lock", ".lock.owner"
 # The last two are checkpoint.py's, which imports torch.
-FILES = (RESULT, CONFIG, LOCK, OWNER, "fmexp.log", "model.pt", "checkpoint.pt", "checkpoint.previous.pt")
+FILES = (
+    RESULT,
+    CONFIG,
+    LINEAGE,
+    PATCH,
+    LOCK,
+    OWNER,
+    "fmexp.log",
+    "model.pt",
+    "checkpoint.pt",
+    "checkpoint.previous.pt",
+)
 
 
 class LockedError(ConfigError):
@@ -163,7 +175,8 @@ def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], 
         write_config(folder, tree, {"overrides.yaml": OmegaConf.create(list(overrides))})
     with (folder / "fmexp.log").open("a") as file:
         file.write(f"{details or error}\n")
-    write_result(folder, {**known, "status": "failed", "objective": None, "error": error})
+    words: dict[str, Any] = {key: tree[key] for key in ("tags", "note") if key in tree}
+    write_result(folder, {**known, "status": "failed", "objective": None, **words, "error": error})
 
 
 def digest(folder: Path) -> str:
