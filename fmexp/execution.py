@@ -23,7 +23,7 @@ from fmexp.build import build, target
 from fmexp.errors import FmexpError, printable
 from fmexp.process import Stop
 from fmexp.run import Run, total_steps
-from fmexp.rundir import atomic, checkpoint, hparams, layout, results, tensorboard
+from fmexp.rundir import atomic, checkpoint, hparams, layout, lineage, results, tensorboard
 from fmexp.rundir.atomic import disk_full
 from fmexp.trainer import DivergedError, Trainer
 
@@ -86,7 +86,7 @@ def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], 
     said = str(known or f"{type(error).__name__}: {error}")
     log.error("the run failed at step %d: %s", run.step, said, exc_info=None if known else error)
     with suppress(OSError):
-        _write_result(run, output_dir, tree, "failed", error=said)
+        _write_result(run, output_dir, tree, "failed", error=said, lineage=lineage.ended(output_dir))
     return known or error
 
 
@@ -104,6 +104,7 @@ class _Execution:
         begun = state or layout.holds_run(self.output_dir)
         atomic.remove_leftovers((self.output_dir / layout.CONFIG).parent)
         text = layout.write_config(self.output_dir, self.tree, hydra_files)
+        origin = lineage.begin(self.output_dir, self.trainer.resume_command, resumed=state is not None)
         (self.output_dir / layout.RESULT).unlink(missing_ok=True)
         if begun:  # else the files here are not ours
             atomic.remove_leftovers(self.output_dir)
@@ -119,6 +120,7 @@ class _Execution:
                     hparams.write_hparams(run.writer, self.output_dir, self.tree)
                     about = printable(run.dataset.description)  # which names a folder
                     run.writer.add_text("config", f"{about}\n\n```yaml\n{text}```", 0)
+                    run.writer.add_text("lineage", lineage.text(origin), 0)
                     run.run_stages("start")
                 else:  # as the last thing before training, so that nothing draws from it in between
                     rng.set_state(state["random"])
@@ -143,6 +145,8 @@ class _Execution:
         run = self.run
         run.seconds += time.monotonic() - self.trainer.started
         run.writer.add_scalar("wall_seconds", run.seconds, run.step)
+        origin = lineage.ended(self.output_dir)
+        run.writer.add_text("lineage", lineage.text(origin), run.step)
         hparams.write_status(run.writer, status == "complete")
         tensorboard.snapshot(run.writer, self.output_dir)  # so that all is on the disk before result.json says so
         run.writer.close()
@@ -153,7 +157,7 @@ class _Execution:
                     weights[name] = value.cpu()  # to be read where there is no such device
             with atomic.atomic_open(self.output_dir / "model.pt") as file:
                 torch.save(weights, file)
-        objective = _write_result(run, self.output_dir, self.tree, status)
+        objective = _write_result(run, self.output_dir, self.tree, status, lineage=origin)
         checkpoint.discard(self.output_dir)
         self._conclude(status)
         return objective
@@ -248,7 +252,7 @@ def _finished(output_dir: Path) -> float | None:
     return math.nan if objective is None else float(objective)
 
 
-def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str, **more: str) -> float:
+def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str, **more: Any) -> float:
     objective = run.metrics.get(run.cfg.objective, math.nan) if status == "complete" else math.nan
     result = {
         "status": status,
@@ -264,6 +268,8 @@ def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str,
         "evaluation_backend": asdict(run.evaluation_backend),
         "dataset": run.dataset.facts,
         "versions": versions(),
+        "tags": tree["tags"],
+        "note": tree["note"],
         **more,
     }
     layout.write_result(output_dir, result)

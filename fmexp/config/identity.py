@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 # Keys that do not change what a run computes or writes, so that a run may be resumed with others; see `left_out`.
 # The device is not in the digest either: a resume on another one goes on with a warning, for the bits may differ.
 NOT_IN_DIGEST = (
-    "resume", "weights_strict", "device", "train.num_workers", "train.checkpoint_every",
+    "resume", "tags", "note", "weights_strict", "device", "train.num_workers", "train.checkpoint_every",
     "logging.max_queue", "logging.flush_secs",
     "dataset.root", "dataset.download", "dataset.mirrors", "dataset.cache", "dataset.cache_dir",
     "sweep.fail_fast", "sweep.dry_run",

@@ -25,7 +25,8 @@ class Moment(Enum):
 def limited(default: Any, **limits: Any) -> Any:
     """A field whose value has limits: `least` and `most` (inclusive), `above` and `below` (exclusive), `one_of`.
 
-    `word` is what a whole number within the limits may be replaced by, `length` how many values a list has.
+    `word` is what a whole number within the limits may be replaced by, `length` how many values a list has, `longest`
+    how many letters a text has at most.
     """
     return field(default=default, metadata=limits)
 
@@ -74,6 +75,8 @@ class Config:
     device: str = "auto"
     objective: str = "test/accuracy"
     resume: bool = True
+    tags: list[str] = listed(longest=100)
+    note: str | None = limited(None, longest=10_000)
     weights: str | None = None
     weights_strict: bool = False
     train: Train = field(default_factory=Train)

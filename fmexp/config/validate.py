@@ -95,7 +95,8 @@ def check_limits(node: DictConfig, key: str = "") -> None:
     """Raise ConfigError where a value of a part of the configuration, `key`, is outside of its schema's limits."""
     for name, value, limits in _limited_values(node, f"{key}." if key else ""):
         if problem := _outside(value, limits):
-            raise ConfigError(f"{name}={value} {problem}.")
+            said = str(value) if len(str(value)) <= 200 else f"{str(value)[:200]}..."
+            raise ConfigError(f"{name}={said} {problem}.")
 
 
 def closed(schema: type = Config, key: str = "") -> dict[str, list[str]]:
@@ -143,6 +144,8 @@ def no_key(part: str, name: str, node: DictConfig) -> str:
 def wrong_value(error: OmegaConfBaseException) -> str:
     """What OmegaConf says of a value, with its key, in a line."""
     said = str(error).splitlines()[0]
+    if "is not a ListConfig" in said:
+        return f"{error.full_key} must be a list: write {error.full_key}=[one,two]."
     if not (found := re.search(r"Value '(.*)' of type '\w+' could not be converted to Integer", said)):
         return f"{error.full_key}: {said}" if error.full_key else said
     try:
@@ -186,7 +189,7 @@ def _check_tags(cfg: DictConfig) -> None:
         )
     if cfg.objective not in (*written, train.tag):
         raise ConfigError(f"objective={cfg.objective} must be one of {', '.join((*written, train.tag))}.")
-    taken = {tag: tag for tag in (*written, "train/lr", "train/grad_norm", "wall_seconds", "config")}
+    taken = {tag: tag for tag in (*written, "train/lr", "train/grad_norm", "wall_seconds", "config", "lineage")}
     taken |= {stage.tag: f"stage.{name}.tag" for name, stage in cfg.stage.items() if stage.get("tag")}
     if cfg.train.tag in taken:
         raise ConfigError(f"train.tag={cfg.train.tag} is taken by {taken[cfg.train.tag]}. Name another.")
@@ -232,6 +235,8 @@ def _outside(value: Any, limits: dict[str, Any]) -> str | None:
         return f"must be one of {', '.join(str(one).lower() for one in kinds)}"
     if "word" in limits and (value == limits["word"] or type(value) is not int):
         return None if value == limits["word"] else f"must be {limits['word']} or a whole number"
+    if "longest" in limits and not all(isinstance(one, str) and len(one) <= limits["longest"] for one in values):
+        return f"must be text of at most {limits['longest']:,} letters"
     if "length" in limits and len(value) != limits["length"]:
         return f"must be {limits['length']} numbers"
     for one in value if OmegaConf.is_config(value) else [value]:  # a list, or a tuple, which 1.4 has of its own

@@ -17,10 +17,13 @@ from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.rundir import atomic, bounded
 
 RESULT, CONFIG, WEIGHTS = "result.json", ".hydra/config.yaml", "model.pt"
+LINEAGE, PATCH = ".hydra/lineage.json", ".hydra/uncommitted.patch"
 LOCK, OWNER = ".lock", ".lock.owner"
 TRACE = "trace.json.gz"
 # The last two are checkpoint.py's, which imports torch.
-FILES = (RESULT, CONFIG, LOCK, OWNER, TRACE, "fmexp.log", WEIGHTS, "checkpoint.pt", "checkpoint.previous.pt")
+FILES = (
+    RESULT, CONFIG, LINEAGE, PATCH, LOCK, OWNER, TRACE, "fmexp.log", WEIGHTS, "checkpoint.pt", "checkpoint.previous.pt",
+)  # fmt: skip
 
 
 class LockedError(ConfigError):
@@ -164,7 +167,8 @@ def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], 
         write_config(folder, tree, {"overrides.yaml": OmegaConf.create(list(overrides))})
     with (folder / "fmexp.log").open("a") as file:
         file.write(f"{details or error}\n")
-    write_result(folder, {**known, "status": "failed", "objective": None, "error": error})
+    words: dict[str, Any] = {key: tree[key] for key in ("tags", "note") if key in tree}
+    write_result(folder, {**known, "status": "failed", "objective": None, **words, "error": error})
 
 
 def digest(folder: Path) -> str:

@@ -36,6 +36,9 @@ class Result:
         seconds: of training, with evaluation and stages, over all processes that worked on the run.
         failures: stage name -> what went wrong.
         error: why the run failed, or "".
+        tags, note: the words that the run was given to be found by; none and "" where there are none.
+        git: of the code that the run began with: commit, dirty (whether tracked files were changed), patch, untracked
+            and so on; empty outside of a repository.
         content: all of result.json, as it is there.
     """
 
@@ -47,6 +50,9 @@ class Result:
     seconds: float
     failures: dict[str, str]
     error: str
+    tags: list[str]
+    note: str
+    git: dict[str, Any]
     content: dict[str, Any]
 
     @property
@@ -164,10 +170,28 @@ def _read(path: Path) -> Result:
             seconds=float(content.get("seconds", 0.0)),
             failures={printable(name): printable(str(said)) for name, said in content.get("failures", {}).items()},
             error=printable(str(content.get("error", ""))),
+            tags=[printable(str(tag)) for tag in _listed(content.get("tags"))],
+            note=printable(str(content.get("note") or "")),
+            git={
+                printable(name): _shown(value) for name, value in (content.get("lineage", {}).get("git") or {}).items()
+            },
             content=content,
         )
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise FmexpError(f"{path.absolute() / layout.RESULT} is damaged: {error}. Move it away to go on.") from error
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise TypeError(f"{value} is no list")
+    return value or []
+
+
+def _shown(value: Any) -> Any:
+    """A value of a JSON file that is a word or a list of words, or else plain; to be shown."""
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float) else printable(str(value))
 
 
 def _status(path: Path) -> tuple[str, dict[str, Any]]:

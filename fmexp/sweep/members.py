@@ -130,8 +130,11 @@ def group_by_keys(members: Sequence[Member]) -> tuple[list[str], dict[tuple[str,
 
 
 def override_words(members: Iterable[Member]) -> list[list[str]]:
-    """The overrides of each member as words, key=value."""
-    return [[f"{key}={value}" for key, value in member.overrides.items()] for member in members]
+    """The overrides of each member as words, key=value, but for tags and note, in which equal members may differ."""
+    return [
+        [f"{key}={value}" for key, value in member.overrides.items() if key not in ("tags", "note")]
+        for member in members
+    ]
 
 
 def member_folders(root: Path) -> list[Path]:

@@ -33,6 +33,7 @@ from fmexp.tables import aligned, csv_text
 log = logging.getLogger(__name__)
 
 SHOWN = 100  # how many members the console's table has at most
+SHOWN_NOTE = 40  # letters of a note in the console's table
 SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
 # What remains longest in a narrow terminal, after the objective; other metrics go first.
 FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2, "test/accuracy/best": 3}
@@ -77,16 +78,19 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
 def table(
     root: Path, members: Sequence[Member], digits: int | None = 4, objective: str | None = None
 ) -> list[list[str]]:
-    """Rows of text, the first the heads: varied keys, metrics, status, seconds, folder.
+    """Rows of text, the first the heads: varied keys, tags and note, metrics, status, seconds, folder.
 
-    Numbers are in full without `digits`. The members are ranked by the objective of those in `root`, or as that says.
+    Numbers and notes are in full without `digits`. There are no columns of tags and notes where no member has any. The
+    members are ranked by the objective of those in `root`, or as that says.
     """
     varied = varied_keys(override_words(members))
+    words = {member.folder: _words(member, SHOWN_NOTE if digits else None) for member in members}
+    said = [name for name in ("tags", "note") if any(found[name] for found in words.values())]
     metrics = list(dict.fromkeys(name for member in members for name in member.metrics if name != "seconds"))
-    rows = [[*varied, *metrics, "status", "seconds", "folder"]]
+    rows = [[*varied, *said, *metrics, "status", "seconds", "folder"]]
     for member in ranked(members, objective or objective_of(root)):
         values = [_shown(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
-        keys = [member.overrides.get(key, "") for key in varied]
+        keys = [*(member.overrides.get(key, "") for key in varied), *(words[member.folder][name] for name in said)]
         seconds = _shown(member.seconds, digits and 1)
         rows.append([*keys, *values, member.status, seconds, member.name])
     return rows
@@ -194,7 +198,8 @@ def _write_summary(root: Path, rows: list[list[str]], picture: bytes) -> None:
     from tensorboard.plugins.text import metadata as text
 
     heads = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
-    markdown = "\n".join([heads, *("| " + " | ".join(row) + " |" for row in rows[1:])])
+    cells = ([cell.replace("|", r"\|") for cell in row] for row in rows[1:])
+    markdown = "\n".join([heads, *("| " + " | ".join(row) + " |" for row in cells)])
     image = Summary.Image(encoded_image_string=picture, height=0, width=0, colorspace=4)
     words = Summary(value=[Summary.Value(tag="table", metadata=text.create_summary_metadata("table", ""))])
     words.value[0].tensor.dtype = 7  # a string
@@ -205,6 +210,17 @@ def _write_summary(root: Path, rows: list[list[str]], picture: bytes) -> None:
 def _shown(value: float, digits: int | None) -> str:
     """A number with `digits` behind the point, or with all that it has."""
     return repr(value) if digits is None else f"{value:.{digits}f}"
+
+
+def _words(member: Member, letters: int | None) -> dict[str, str]:
+    """A member's tags and note, cut to `letters`; of one that has not ended what was typed."""
+    tags = ",".join(member.tags) or member.overrides.get("tags", "").strip("[]")
+    note = member.note or member.overrides.get("note", "")
+    lines = {"tags": tags.replace("\n", " "), "note": note.replace("\n", " ")}
+    return {
+        name: line if letters is None or len(line) <= letters else f"{line[: letters - 1]}…"
+        for name, line in lines.items()
+    }
 
 
 def _width(rows: Sequence[Sequence[str]]) -> int:

@@ -48,6 +48,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": own, "PATH": path, "TQDM_DISABLE": "1", **more}
 
 
+# What two runs of one configuration need not have in common: times, and the words to find them by.
+OF_EACH_RUN = ("seconds", "lineage", "tags", "note")
+
+
 @dataclass
 class Ended:
     """How a process ended: its exit status, or minus the signal that killed it, and what it printed."""
@@ -176,6 +180,8 @@ def written(folder: Path) -> list[tuple[int, str, str]]:
                 plugin.content = content.SerializeToString(deterministic=True)
             if value.tag == "wall_seconds":
                 value.simple_value = 0
+            if value.tag == "lineage/text_summary":  # of each run its own: host, command, times
+                value.ClearField("tensor")
             shown = str(value.simple_value) if value.HasField("simple_value") else digest(value.SerializeToString())
             found.append((event.step, value.tag, shown))
     return found
@@ -191,7 +197,7 @@ def left(folder: Path) -> dict[str, Any]:
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     model = torch.load(folder / "model.pt", weights_only=True) if (folder / "model.pt").exists() else {}
     return {
-        "result": {key: value for key, value in result.items() if key != "seconds"},
+        "result": {key: value for key, value in result.items() if key not in OF_EACH_RUN},
         "model": {name: (str(t.dtype), tuple(t.shape), digest(t.numpy().tobytes())) for name, t in model.items()},
         "events": written(folder),
         "files": sorted(name for name in files if "tfevents" not in name and name != ".lock.owner"),

@@ -119,6 +119,8 @@ def test_a_complete_run_is_not_run_again(driver: Driver, truth: Callable[..., Pa
 
 FREE = {
     "resume": None,  # it decides whether there is a second time, and is checked above
+    "tags": "[other]",
+    "note": "'another one'",
     "weights_strict": "true",  # of the weights that a run begins from, and not of one that goes on
     "device": "auto",
     "train.num_workers": "1",

@@ -37,6 +37,9 @@ TEXTS = {
     "result": b'{"status": "complete", "objective": 0.5, "metrics": {"a": 1e999}, "failures": {"x": []}}',
     "wrong types": b'{"status": ["complete"], "objective": {}, "metrics": 3, "steps": "x", "failures": 1}',
     "failed": b'{"status": "failed", "error": "\\u001b[2J\\u202e", "metrics": {"\\u001b[2J": 1, "a": NaN}}',
+    "lineage": b'{"status": "complete", "objective": 0.5, "tags": ["\\u001b[2J|\\n"], "note": "=\\u001b\\u202e\\n", '
+    b'"lineage": {"git": {"commit": "\\u001b", "\\u001b": [1, null]}}}',
+    "odd lineage": b'{"status": "complete", "objective": 0.5, "tags": {"a": 1}, "note": [3], "lineage": [1]}',
     "event": b"\xff" * 8 + b"\0" * 40,
     "config": b"objective: ${oc.env:SECRET}\ntrain: {tag: 3}\n",
     "foreign config": b"{objective: [1], train: {tag: 1}, dataset: 1, model: {_target_: 3}, optimizer: null}",
@@ -46,6 +49,7 @@ FILES = (
     ".hydra/config.yaml",
     ".hydra/overrides.yaml",
     "result.json",
+    ".hydra/lineage.json",
     ".lock",
     "fmexp.log",
     "events.out.tfevents.9.x.1.0",
