@@ -28,10 +28,11 @@ from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, steps_per_epoch, total_steps
 
 
-def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
+def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset | None = None) -> Run:
     """Build all that a run is made of, and touch no folder.
 
     Args:
+        dataset: in place of what `cfg.dataset` names.
         resumed: a checkpoint has the weights, so that those of `cfg.weights` are not wanted; their file may be gone.
 
     Raises:
@@ -42,7 +43,7 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
     stages.sort(key=lambda stage: list(Moment.__members__).index(stage.when))  # as the run comes to them
     _bound("logging", cfg.logging, cfg.logging, log_dir="", comment="", purge_step=None)
-    dataset = _dataset(cfg)
+    dataset = dataset or build_dataset(cfg)
     with rng.fork(rng.derive_seed(cfg.seed, "batch")):
         dataset = dataset.to(device)
         loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
@@ -70,7 +71,12 @@ def build(cfg: DictConfig, *, resumed: bool = False) -> Run:
     return run
 
 
-def _dataset(cfg: DictConfig) -> datasets.Dataset:
+def build_dataset(cfg: DictConfig) -> datasets.Dataset:
+    """The dataset, checked, with its validation split. It changes the global random state.
+
+    Raises:
+        ConfigError, DataError: it cannot be built, or nothing can be trained on it.
+    """
     try:
         dataset = datasets.load(cfg.dataset)
         _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)

@@ -158,8 +158,8 @@ def load(run_folder: str | Path, device: str = "cpu") -> Classifier:
         model = build_model(cfg, dataset, few)
         with eval_mode(model, 0):
             how = backend.choose(model, few, BATCH, **cfg.backend)
-    _load_weights(model, folder / layout.WEIGHTS)
-    how = _as_evaluated(how, run.content.get("evaluation_backend"))
+    load_weights(model, folder / layout.WEIGHTS)
+    how = as_evaluated(how, run.content.get("evaluation_backend"))
     return Classifier(folder, model.eval(), [*dataset.classes], dataset, tree, place, how)
 
 
@@ -191,7 +191,12 @@ def _model_config(folder: Path, tree: dict[str, Any]) -> DictConfig:
     return cfg
 
 
-def _load_weights(model: nn.Module, file: Path) -> None:
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a model.pt.
+
+    Raises:
+        FmexpError: it cannot be read, or is of another model.
+    """
     try:
         with bounded.open_regular(file) as opened:
             state = torch.load(opened, map_location="cpu", weights_only=True)
@@ -211,7 +216,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         ) from error
 
 
-def _as_evaluated(how: backend.Backend, recorded: Any) -> backend.Backend:
+def as_evaluated(how: backend.Backend, recorded: Any) -> backend.Backend:
     """The backend of the run's own evaluations, where it was on this kind of device and had no more cores."""
     if not isinstance(recorded, dict) or recorded.get("device") != how.device:
         return how

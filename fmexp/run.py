@@ -164,6 +164,12 @@ class Run:
         """The evaluation of `split`."""
         return self.evaluate(self.split)
 
+    def write_metrics(self) -> Evaluation:
+        """Evaluate `split`, and write its metrics."""
+        for name, value in {"loss": self.evaluation.loss, **self.evaluation.metrics}.items():
+            self.scalar(f"{self.split}/{name}", value)
+        return self.evaluation
+
     def scalar(self, tag: str, value: float) -> None:
         """Write a metric at the current step."""
         self.metrics[tag] = float(value)  # NumPy's numbers would make a checkpoint unreadable

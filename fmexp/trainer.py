@@ -185,13 +185,9 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate the split that is looked at now, and write its metrics."""
         run = self.run
-        evaluation = run.evaluation
-        if not math.isfinite(evaluation.loss):
-            raise DivergedError(run.step, evaluation.loss)
-        run.scalar(f"{run.split}/loss", evaluation.loss)
-        for name, value in evaluation.metrics.items():
-            run.scalar(f"{run.split}/{name}", value)
-        return evaluation
+        if not math.isfinite(run.evaluation.loss):
+            raise DivergedError(run.step, run.evaluation.loss)
+        return run.write_metrics()
 
     def finish(self) -> None:
         """After training: take the weights that are kept, evaluate the test split, where that is not done at each

@@ -1,5 +1,6 @@
 """The validation split: what epochs are compared by, so that the test split is looked at once, at the end."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,27 @@ from fmexp.datasets.dataset import Dataset, MapStyle, Split, hold_out, labels, l
 from fmexp.errors import ConfigError
 
 SEED = 0  # not the run's: runs of all seeds are compared on the same images
+
+
+class Relabelled(torch.utils.data.Dataset[Any]):
+    """A map-style split whose labels are counted otherwise."""
+
+    def __init__(self, split: MapStyle, numbers: Sequence[int]) -> None:
+        self.split, self.numbers = split, numbers
+
+    def __len__(self) -> int:
+        return length(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.split[index]
+        return image, self.numbers[int(label)]
+
+
+def relabelled(split: Split | MapStyle, numbers: Sequence[int]) -> Split | MapStyle:
+    """The split with label i as numbers[i]."""
+    if isinstance(split, Split):
+        return replace(split, labels=torch.tensor(numbers)[split.labels])
+    return Relabelled(split, numbers)
 
 
 class Part(torch.utils.data.Subset[Any]):
