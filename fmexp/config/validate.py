@@ -40,6 +40,11 @@ def check(cfg: DictConfig) -> None:
                     raise ConfigError(f"{key}={one} {problem}. Name another.")
         for name, stage in cfg.stage.items():
             _check_stage(f"stage.{name}", stage)
+        if cfg.train.precision in ("fp16", 16):
+            raise ConfigError(
+                f"train.precision={cfg.train.precision} is not supported: the small range of fp16 needs a GPU and "
+                "gradient scaling. Take train.precision=bf16, which has the range of 32 bits."
+            )
         check_limits(cfg)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
             raise ConfigError(f"device={cfg.device} must be auto, cpu, mps, cuda or cuda:<number>.")
