@@ -148,6 +148,8 @@ def no_key(part: str, name: str, node: DictConfig) -> str:
 def wrong_value(error: OmegaConfBaseException) -> str:
     """What OmegaConf says of a value, with its key, in a line."""
     said = str(error).splitlines()[0]
+    if found := re.search(r"field '(.*)' is not Optional", said):
+        return f"{found[1]} must not be null."
     if not (found := re.search(r"Value '(.*)' of type '\w+' could not be converted to Integer", said)):
         return f"{error.full_key}: {said}" if error.full_key else said
     try:

@@ -53,7 +53,7 @@ def between(least: int, most: int) -> Draw:
 # points of the running loss; and what the schema has no limits for.
 DRAWS: dict[str, Draw] = {
     "train.epochs": between(1, 3),
-    "train.batch_size": between(3, 17),
+    "train.batch_size": between(3, 8),
     "train.log_every": between(2, 9),
     "train.max_steps": one_of(None, None, 11, 23),
     "train.checkpoint_every": between(1, 7),
