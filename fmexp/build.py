@@ -57,7 +57,8 @@ def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset |
         how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
     if cfg.train.accumulate > (batches := steps_per_epoch(cfg, dataset)):
-        raise ConfigError(f"train.accumulate={cfg.train.accumulate} is more than the {batches} batches of an epoch.")
+        asked = f"train.accumulate={cfg.train.accumulate}"
+        raise ConfigError(f"{asked} is more than the {batches} batches of an epoch. Take at most {batches}.")
     try:
         optimizer = build_optimizer(cfg.optimizer, model, frozen)
     except Exception as error:

@@ -147,6 +147,8 @@ COMPOSED = [
     bad("train.max_steps=1e3", "train.max_steps=1000.0 must be a whole number: write train.max_steps=1000."),
     bad("train.max_steps=ten", "train.max_steps=ten must be a whole number, such as 1."),
     bad("train.max_steps=inf", "train.max_steps=inf must be a whole number, such as 1."),
+    bad("seed=null", "seed must not be null."),
+    bad("schedule=cosine schedule.warmup_epochs=null", "schedule.warmup_epochs must not be null."),
     bad("seed=1.5", "seed=1.5 must be a whole number, such as 2."),
     bad("model=mlp model.hidden=[64,32.0]", "model.hidden[1]=32.0 must be a whole number: write model.hidden[1]=32."),
     bad("train.epochs=${optimizer.lr}", "train.epochs=0.001 must be a whole number, such as 1."),

@@ -157,7 +157,7 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train.accumulate=17"], "train.accumulate=17 is more than the 16 batches of an epoch"),
+        (["train.accumulate=17"], "train.accumulate=17 is more than the 16 batches of an epoch. Take at most 16."),
         (["train.accumulate=0"], "train.accumulate=0 must be at least 1"),
         (["train.ema=1"], "train.ema=1.0 must be below 1"),
         (["train.ema=0"], "train.ema=0.0 must be above 0"),
@@ -171,7 +171,9 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
         (["train.patience=0"], "train.patience=0 must be at least 1"),
         (["train.keep=first"], "train.keep=first must be one of best, last"),
         (["schedule=plateau", "train.validation=0.1"], "follows objective=test/accuracy, which is measured once"),
-        (["train.precision=16"], "train.precision=16 must be one of 32, bf16"),
+        (["train.precision=64"], "train.precision=64 must be one of 32, bf16"),
+        (["train.precision=16"], r"train.precision=16 is not supported: .* Take train.precision=bf16"),
+        (["train.precision=fp16"], r"fp16 is not supported: .* gradient scaling. Take train.precision=bf16"),
     ],
 )
 def test_what_is_refused(words: list[str], said: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, open_dict
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -63,6 +64,20 @@ def write_idx_splits(root: Path, name: str) -> dict[str, NDArray[np.uint8]]:
     for file, array in arrays.items():
         write_idx(root / name / "raw" / file, array)
     return arrays
+
+
+def write_datasets(root: Path, classes: int = 2) -> None:
+    """Write some images under `root` in the format of each dataset that is read from files, but for CIFAR-10; arrays
+    and pictures in folders of the names of their functions."""
+    for name in ("FashionMNIST", "MNIST", "KMNIST"):
+        write_idx_splits(root, name)
+    images, labels = np.random.default_rng(0).integers(0, 256, (30, 28, 28, 3), np.uint8), np.arange(30) % classes
+    (root / "arrays").mkdir()
+    for name, array in (("images", images), ("labels", labels)):
+        np.save(root / "arrays" / f"{name}.npy", array)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (root / "image_folder" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / "image_folder" / str(label) / f"{number}.png")
 
 
 def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[NDArray[np.uint8], list[int]]:

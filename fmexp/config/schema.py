@@ -226,7 +226,7 @@ class Schedule:
 
 @dataclass
 class Warmed(Schedule):
-    warmup_epochs: float | None = limited(0.0, least=0.0)  # in which the rate rises from nearly 0; parts of one, too
+    warmup_epochs: float = limited(0.0, least=0.0)  # in which the rate rises from nearly 0; parts of one, too
 
 
 @dataclass
@@ -241,9 +241,9 @@ class Steps(Falling):
 
 
 @dataclass
-class OneCycle(Falling):
-    # of the way up; null: 0.3 of the run
-    warmup_epochs: float | None = limited(None, least=0.0)
+class OneCycle(Schedule):
+    warmup_epochs: float | None = limited(None, least=0.0)  # of the way up, parts of one, too; null: 0.3 of the run
+    floor: float = limited(0.0, least=0.0, most=1.0)  # the share of optimizer.lr that the rate does not fall below
     start: float = limited(0.04, least=0.0, most=1.0)  # the share of optimizer.lr that the way up begins with
 
 

@@ -41,6 +41,11 @@ def check(cfg: DictConfig) -> None:
                     raise ConfigError(f"{key}={one} {problem}. Name another.")
         for name, stage in cfg.stage.items():
             _check_stage(f"stage.{name}", stage)
+        if cfg.train.precision in ("fp16", 16):
+            raise ConfigError(
+                f"train.precision={cfg.train.precision} is not supported: the small range of fp16 needs a GPU and "
+                "gradient scaling. Take train.precision=bf16, which has the range of 32 bits."
+            )
         check_limits(cfg)
         check_device(cfg.device)
         _check_tags(cfg)
@@ -146,6 +151,8 @@ def wrong_value(error: OmegaConfBaseException) -> str:
     said = str(error).splitlines()[0]
     if "is not a ListConfig" in said:
         return f"{error.full_key} must be a list: write {error.full_key}=[one,two]."
+    if found := re.search(r"field '(.*)' is not Optional", said):
+        return f"{found[1]} must not be null."
     if not (found := re.search(r"Value '(.*)' of type '\w+' could not be converted to Integer", said)):
         return f"{error.full_key}: {said}" if error.full_key else said
     try:

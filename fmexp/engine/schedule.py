@@ -100,8 +100,9 @@ def one_cycle(
     step: int, total: int, *, steps_per_epoch: int, warmup_epochs: float | None, start: float, floor: float
 ) -> float:
     """From `start` to 1 over the warmup (null: 0.3 of the run), then to `floor`, along cosines (Smith, Topin 2018)."""
-    peak = (0.3 * total if warmup_epochs is None else steps_per_epoch * warmup_epochs) - 1
-    _check_warmup(peak, total)
+    warmup = 0.3 * total if warmup_epochs is None else steps_per_epoch * warmup_epochs
+    _check_warmup(warmup, total)
+    peak = warmup - 1
     if step <= peak:
         return _between(start, 1.0, step / peak if peak > 0 else 1.0)
     return _between(1.0, floor, (step - max(peak, 0)) / max(total - 1 - max(peak, 0), 1))

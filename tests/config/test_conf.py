@@ -10,16 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from tools import read_events, scalars, small, write_cifar10, write_idx_splits
+from tools import read_events, scalars, small, write_cifar10, write_datasets
 from torch.utils.tensorboard import SummaryWriter
 
 import fmexp.sweep.launcher  # registers what recipes choose of hydra/sweeper
@@ -71,16 +69,8 @@ def smallest(cfg: DictConfig) -> DictConfig:
 def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with some images in the format of each dataset that is read from files, where FMEXP_DATA says."""
     root = tmp_path / "data"
-    for name in ("FashionMNIST", "MNIST", "KMNIST"):
-        write_idx_splits(root, name)
+    write_datasets(root)
     write_cifar10(root, monkeypatch)
-    images, labels = np.random.default_rng(0).integers(0, 256, (30, 28, 28, 3), np.uint8), np.arange(30) % 2
-    (root / "arrays").mkdir()
-    for name, array in (("images", images), ("labels", labels)):
-        np.save(root / "arrays" / f"{name}.npy", array)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        (root / "image_folder" / str(label)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(root / "image_folder" / str(label) / f"{number}.png")
     monkeypatch.setenv("FMEXP_DATA", str(root))
 
 

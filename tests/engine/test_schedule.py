@@ -166,6 +166,7 @@ def test_a_graph_follows_the_rate(kind: type[torch.optim.Optimizer]) -> None:
     ("words", "said"),
     [
         (["schedule.warmup_epochs=1"], "schedule.warmup_epochs: a warmup of 16 batches is no shorter than the run"),
+        (["schedule=one_cycle", "schedule.warmup_epochs=2"], "schedule.warmup_epochs: a warmup of 32 batches is no"),
         (["schedule=step", "schedule.milestones=[0.5,0.2]"], r"schedule.milestones=\[0.5, 0.2\] must rise"),
         (["schedule._target_=fmexp.engine.schedule.nothing"], "schedule._target_=fmexp.engine.schedule.nothing cannot"),
         (["+schedule.speed=1"], "Its arguments are warmup_epochs"),

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from program import alive, default_signals, until
-from reliability_tools import BARE, NO_STAGES, RICH, Driver, Ended, assert_same, environment
-
-from fmexp.rundir import checkpoint
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, Victim, assert_same, environment, random_moments
 
 SEED = "RELIABILITY_SEED"
 
@@ -57,44 +55,6 @@ POINTS = [
 ]
 
 
-class Victim:
-    """A run that is killed again and again; one that is complete is compared, and the next one begun."""
-
-    def __init__(self, driver: Driver, folder: Path, truth: Path, *args: str) -> None:
-        self.driver, self.parent, self.truth, self.args = driver, folder, truth, args
-        self.kills = self.runs = 0
-        self.but = ""  # a tag that may differ
-        self.begin()
-
-    def begin(self) -> None:
-        self.runs += 1
-        self.folder = self.parent / f"run{self.runs}"
-
-    def kill(self, point: dict[str, object]) -> None:
-        """Kill it at a point, which a run that has gone too far does not come to: then kill a new one there."""
-        for _ in range(2):
-            ended = self.driver.run(*self.args, f"hydra.run.dir={self.folder}", plan=[{"do": "KILL", **point}])
-            if self.count(ended):
-                return
-        raise AssertionError(f"no run comes to {point}")
-
-    def count(self, ended: Ended) -> bool:
-        """Count a kill, or check the run that came to its end before it."""
-        if ended.code == -signal.SIGKILL:
-            self.kills += 1
-            return True
-        self.finished(ended)
-        self.begin()
-        return False
-
-    def finish(self) -> None:
-        self.finished(self.driver.run(*self.args, f"hydra.run.dir={self.folder}"))
-
-    def finished(self, ended: Ended) -> None:
-        assert ended.code == 0, ended.output
-        assert_same(self.folder, self.truth, but=self.but)
-
-
 def test_fixed_points(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
     victim = Victim(driver, tmp_path, truth(*BARE), *BARE)
     for point in POINTS:
@@ -130,25 +90,6 @@ def test_order_of_writing(truth: Callable[..., Path]) -> None:
             assert f"fsync {folder} done" in labels[labels.index(label) :][:3], label
     assert len(seen) == 12 + 2
     assert labels.index("rename .result.json.part to result.json done") < labels.index("remove checkpoint.pt")
-
-
-def random_moments(driver: Driver, truth: Path, folder: Path, args: tuple[str, ...], count: int, seed: int) -> Victim:
-    """Kill a run `count` times, at random ones of all the events of the uninterrupted run, in their order."""
-    chosen = random.Random(seed)
-    trace = (truth.parent / "trace.txt").read_text().splitlines()
-    victim = Victim(driver, folder, truth, *args)
-    while victim.kills < count:
-        for number in sorted(chosen.choices(range(len(trace)), k=count - victim.kills)):
-            step = int(trace[number].split("\t")[0])
-            nth = 1 + sum(line.startswith(f"{step}\t") for line in trace[:number])
-            state = checkpoint.load(victim.folder) if victim.folder.exists() else None
-            done = state["step"] if state else 0
-            # A run that has gone on beyond the step is killed as early as that step's event was. One that comes to its
-            # end before it is compared, and the next moment is one of a new run.
-            plan = [{"steps": max(0, step - done), "nth": nth, "do": "KILL"}]
-            victim.count(driver.run(*args, f"hydra.run.dir={victim.folder}", plan=plan))
-    victim.finish()
-    return victim
 
 
 def test_random_moments_of_a_fixed_seed(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:

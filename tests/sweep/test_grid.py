@@ -332,7 +332,7 @@ def test_recipes_carry_their_sweep(name: str, tmp_path: Path) -> None:
         "jobs -5": ("hydra.launcher.n_jobs=-5", "hydra.launcher.n_jobs=-5 must be at least 1"),
         "jobs abc": ("hydra.launcher.n_jobs=abc", "hydra.launcher.n_jobs=abc must be a whole number"),
         "jobs 1.5": ("hydra.launcher.n_jobs=1.5", "hydra.launcher.n_jobs=1.5 must be a whole number"),
-        "jobs null": ("hydra.launcher.n_jobs=null", "'hydra.launcher.n_jobs' is not Optional"),
+        "jobs null": ("hydra.launcher.n_jobs=null", "hydra.launcher.n_jobs must not be null"),
         "batch 0": ("hydra.sweeper.max_batch_size=0", "hydra.sweeper.max_batch_size=0 must be at least 1"),
         "batch -5": ("hydra.sweeper.max_batch_size=-5", "hydra.sweeper.max_batch_size=-5 must be at least 1"),
         "batch abc": ("hydra.sweeper.max_batch_size=abc", "hydra.sweeper.max_batch_size=abc must be a whole number"),

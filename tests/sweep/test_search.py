@@ -98,7 +98,7 @@ SAMPLER = "hydra.sweeper.sampler._target_=optuna.samplers"
         (f"{LR} hydra.sweeper.n_trials=abc", "hydra.sweeper.n_trials=abc must be a whole number"),
         (f"{LR} hydra.sweeper.n_trials=1.5", "hydra.sweeper.n_trials=1.5 must be a whole number"),
         (f"{LR} hydra.sweeper.n_trials=true", "hydra.sweeper.n_trials=True must be a whole number"),
-        (f"{LR} hydra.sweeper.n_trials=null", "'hydra.sweeper.n_trials' is not Optional"),
+        (f"{LR} hydra.sweeper.n_trials=null", "hydra.sweeper.n_trials must not be null"),
         (f"{LR} hydra.sweeper.n_jobs=-1", "hydra.sweeper.n_jobs=-1 must be at least 1."),
         (f"{LR} hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs=0 must be at least 1."),
         (f"{LR} hydra.sweeper.n_jobs=1.5", "hydra.sweeper.n_jobs=1.5 must be a whole number"),
