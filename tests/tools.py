@@ -71,7 +71,7 @@ def write_datasets(root: Path, classes: int = 2) -> None:
     and pictures in folders of the names of their functions."""
     for name in ("FashionMNIST", "MNIST", "KMNIST"):
         write_idx_splits(root, name)
-    images, labels = np.random.default_rng(0).integers(0, 256, (30, 28, 28, 3), np.uint8), np.arange(30) % classes
+    images, labels = np.random.default_rng(0).integers(0, 256, (60, 28, 28, 3), np.uint8), np.arange(60) % classes
     (root / "arrays").mkdir()
     for name, array in (("images", images), ("labels", labels)):
         np.save(root / "arrays" / f"{name}.npy", array)

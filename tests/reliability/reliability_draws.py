@@ -61,7 +61,8 @@ DRAWS: dict[str, Draw] = {
     "train.num_workers": between(0, 2),
     "train.compile": one_of("auto", False),  # true takes up to a minute a process: test_exact_resume.py has it
     "train.tag": one_of("train/loss", "own/tag"),
-    "objective": one_of("test/accuracy", "test/loss", "${train.tag}"),
+    "train.validation": one_of(0.0, 0.2, 0.4),
+    "objective": one_of("{split}/accuracy", "{split}/loss", "{split}/f1", "${train.tag}"),
     "device": one_of("cpu"),
     "backend.threads": one_of("auto", 1, 2),
     "dataset.root": lambda _, node: f"{DATA}/{node._target_.rpartition('.')[2]}" if "root" not in node else DATA,
@@ -82,7 +83,7 @@ DRAWS: dict[str, Draw] = {
 }  # fmt: skip
 # Left as YAML has it: what the test gives itself, for it has to ask the model (train.freeze) or to make files first;
 # what no run has, but a sweep; names; and whether a failure ends a run, for here it is one of the test.
-STAYS = ("train.freeze", "weights", "dataset.mirrors", "dataset.classes", "resume",
+STAYS = ("train.freeze", "weights", "tags", "note", "dataset.mirrors", "dataset.classes", "resume",
          "sweep.*", "logging.comment", "logging.filename_suffix", "logging.purge_step", "stage.*.tag",
          "stage.*.required", "stage.*.changes", "stage.projector.features", "*._target_")  # fmt: skip
 
@@ -96,7 +97,11 @@ def draw(chosen: random.Random, **options: str) -> list[str]:
     for key, node, field in keys(compose(words)):
         if key in DRAWS or chosen.random() < 0.5:
             words.append(f"{key}={typed(value_of(chosen, key, node, field))}")
-    return words
+    if (
+        "train.validation=0.0" in words
+    ):  # then the test split is evaluated after each epoch, and none may end early by it
+        return [word.replace("{split}", "test") for word in words if not word.startswith("train.patience=")]
+    return [word.replace("{split}", "val") for word in words]
 
 
 def options_of(group: str) -> list[str]:

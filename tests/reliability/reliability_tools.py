@@ -183,7 +183,7 @@ def written(folder: Path) -> list[tuple[int, str, str]]:
                 plugin.content = content.SerializeToString(deterministic=True)
             if value.tag == "wall_seconds":
                 value.simple_value = 0
-            if value.tag == "lineage/text_summary":  # of each run its own: host, command, times
+            if value.tag in ("lineage/text_summary", "profile/text_summary"):  # of each run its own: host, times
                 value.ClearField("tensor")
             shown = str(value.simple_value) if value.HasField("simple_value") else digest(value.SerializeToString())
             found.append((event.step, value.tag, shown))

@@ -89,7 +89,7 @@ def assert_exact(driver: Driver, data: Path, folder: Path, combinations: dict[in
             print(ended.output)
         victim = random_moments(driver, truth, place, tuple(words), 2, chosen.randrange(2**32))
         assert victim.kills == 2
-    assert len(refused) <= len(combinations), refused  # or so little can be combined that this tests little
+    assert len(refused) <= 2 * len(combinations), refused  # or so little can be combined that this tests little
 
 
 def complete(driver: Driver, data: Path, folder: Path, chosen: random.Random, words: list[str]) -> list[str]:
