@@ -159,6 +159,7 @@ COMPOSED = [
     bad("device=gpu", "device=gpu must be auto, cpu, mps, cuda or cuda:<number>"),
     bad("objective=test/acc", "objective=test/acc must be one of test/accuracy, test/loss, train/loss"),
     bad("stage.projector.when=noon", "stage.projector.when", "'noon'", "[start, log, epoch, end]"),
+    bad("stage.profile.steps=0", "stage.profile.steps=0 must be at least 1"),
     bad("stage.image_grid.layout=grill", "stage.image_grid.layout=grill must be one of grid, images"),
     bad("--multirun seed=0,-1", "seed=-1 must be at least 0"),
     # Keys that nothing reads: Hydra takes them with a plus.
