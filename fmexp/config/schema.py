@@ -336,7 +336,7 @@ class Predictions(TaggedStage):
 
 @dataclass
 class Mistakes(TaggedStage):
-    images: int = limited(12, least=1, most=100)  # how many at most, the surest first
+    images: int = limited(8, least=1, most=100)
 
 
 @dataclass

@@ -108,7 +108,7 @@ def test_scalars(page: Page, tensorboard: TensorBoard) -> None:
 
 def test_images(page: Page, tensorboard: TensorBoard) -> None:
     browser.open_tab(page, tensorboard.url, "images", runs="^tutorial$")
-    sizes = {"four_fashion_mnist_images": (122, 32), "predictions": (700, 230), "mistakes": (700, 690)}
+    sizes = {"four_fashion_mnist_images": (122, 32), "predictions": (700, 230), "mistakes": (700, 460)}
     for tag, size in (*sizes.items(), ("calibration", (700, 430))):
         page.locator("tf-tag-filterer input").fill(tag)
         browser.wait_for_picture(page, *size)

@@ -62,10 +62,10 @@ def test_the_surest_mistakes_of_a_run_come_first(seen: Seen) -> None:
         guess = chances.index(max(chances))
         if guess != label:
             wrong.append((-chances[guess], index, guess, label))
-    assert len(wrong) > 12
+    assert len(wrong) > 8
     figure = seen.figures["view/mistakes", 120]
-    assert picture(event.encoded_image_string).shape == (690, 700, 3)
-    for drawn, (chance, index, guess, label) in zip(figure, sorted(wrong)[:12], strict=True):
+    assert picture(event.encoded_image_string).shape == (460, 700, 3)
+    for drawn, (chance, index, guess, label) in zip(figure, sorted(wrong)[:8], strict=True):
         assert drawn.title == f"{classes[guess]}\n{-chance:.1%}\nlabel: {classes[label]}"
         assert drawn.colour == "red"
         assert np.array_equal(np.rint(drawn.image * 255), split.images[index, 0].numpy())
@@ -101,7 +101,7 @@ def test_the_images_are_the_evaluated_ones(
 def test_without_a_mistake_the_picture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     split = Split(torch.zeros(6, 1, 9, 7, dtype=torch.uint8), LABELS)
     right = Evaluation(torch.eye(3)[LABELS], LABELS, 0.0)
-    figure, drawn, sheet = look(Dataset(split, split, NAMES), right, 12, monkeypatch)
+    figure, drawn, sheet = look(Dataset(split, split, NAMES), right, 8, monkeypatch)
     assert [text.get_text() for text in figure.texts] == ["no mistake in 6 test images"]
     assert drawn == []
     assert sheet.min() < 100
