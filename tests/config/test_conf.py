@@ -27,6 +27,7 @@ from fmexp import compose, config, datasets, execute
 from fmexp.config import SCHEMAS, Config, Moment, composition, conf_dir, schema
 from fmexp.engine.optim import GROUPED
 from fmexp.errors import ConfigError
+from fmexp.models import ConvNet
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 GROUPS: dict[str, list[str]] = {
@@ -62,6 +63,8 @@ def smallest(cfg: DictConfig) -> DictConfig:
             cfg.dataset[key] = value
     if OmegaConf.is_missing(cfg.dataset, "root"):
         cfg.dataset.root = f"{os.environ['FMEXP_DATA']}/{cfg.dataset._target_.rpartition('.')[2]}"
+    if cfg.weights:  # those of another recipe's run
+        cfg.weights = f"{os.environ['FMEXP_DATA']}/model.pt"
     for stage in cfg.stage.values():
         stage.required = True
     return cfg
@@ -81,6 +84,7 @@ def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         (root / "image_folder" / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(root / "image_folder" / str(label) / f"{number}.png")
+    torch.save(ConvNet(input_shape=(1, 28, 28), num_classes=10).state_dict(), root / "model.pt")
     monkeypatch.setenv("FMEXP_DATA", str(root))
 
 
