@@ -151,6 +151,24 @@ def test_every_recipe_states_its_command(name: str) -> None:
     assert re.search(rf"^#\s+python -m fmexp\b.* experiment={name}\b", text, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("tiny_data")
+def test_finetune_begins_from_a_run_of_augmented_and_keeps_its_first_stage(tmp_path: Path) -> None:
+    """As their YAML says, word by word, but for the size."""
+    said = (conf_dir() / "experiment" / "finetune.yaml").read_text()
+    commands = re.findall(r"^#\s+python -m fmexp (experiment=\S+) (\S+=runs/clothes)$", said, re.MULTILINE)
+    assert [words[0] for words in commands] == ["experiment=augmented", "experiment=finetune"]
+    first, cfg = compose(["experiment=augmented"]), compose([*commands[1]])
+    assert cfg.weights == "runs/clothes"
+    execute(smallest(first), tmp_path / "first")
+    cfg = smallest(cfg)
+    cfg.weights = str(tmp_path / "first")
+    execute(cfg, tmp_path / "second")
+    assert re.search(r"weights +(\d+) of the model's \1 keys fit", (tmp_path / "second" / "fmexp.log").read_text())
+    before, after = (torch.load(tmp_path / run / "model.pt") for run in ("first", "second"))
+    same = {key for key, value in before.items() if torch.equal(value, after[key])}
+    assert same == {key for key in before if key.startswith("stage1.")}
+
+
 def test_the_tutorials_recipe_has_the_tutorials_settings() -> None:
     cfg = compose(["experiment=tutorial"])
     assert (cfg.optimizer._target_, cfg.optimizer.lr, cfg.optimizer.momentum) == ("torch.optim.SGD", 0.001, 0.9)
