@@ -67,6 +67,29 @@ class MLP(nn.Sequential):
         super().__init__(*layers, nn.Linear(sizes[-1], num_classes))
 
 
+class ConvNet(nn.Sequential):
+    """Stages of two 3x3 convolutions each, with BatchNorm and ReLU, then the mean over the image and a linear layer.
+
+    Args:
+        widths: channels of each stage. Before each stage but the first, max-pooling halves height and width.
+    """
+
+    def __init__(
+        self, *, input_shape: tuple[int, int, int], num_classes: int, widths: Sequence[int] = (32, 64, 128)
+    ) -> None:
+        super().__init__()
+        channels = input_shape[0]
+        for number, width in enumerate(widths, 1):
+            pool = [nn.MaxPool2d(2, ceil_mode=True)] if number > 1 else []  # leaves something of images of any size
+            self.add_module(f"stage{number}", nn.Sequential(*pool, *_block(channels, width), *_block(width, width)))
+            channels = width
+        self.add_module("head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)))
+
+
+def _block(channels: int, width: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+
+
 def torchvision(
     *, input_shape: tuple[int, int, int], num_classes: int, name: str, pretrained: bool = False
 ) -> nn.Module:

@@ -48,6 +48,8 @@ NOT_HERE = {
     "hydra/launcher=joblib": ("sweep.dry_run=true", "starts processes, which takes its time: tests/sweep has them"),
     "model.pretrained=true": ("--cfg=job", "downloads weights: tests/test_models.py has such a file"),
     "weights=runs/first": ("--cfg=job", "is a run of another command: tests/test_weights.py has one"),
+    "weights=runs/clothes": ("--cfg=job", "is a run of another command: tests/config/test_conf.py has one"),
+    "train.log_every=40": ("--cfg=job", "four batches of 64, where there are 24 images: how_do_i.md has smaller ones"),
     "dataset=cifar10": ("--cfg=job", "170 MB to download: tests/datasets/test_catalog.py reads its format"),
 }
 # What makes a command small. It stands before the command's own words, so that these win.

@@ -1,6 +1,7 @@
 """Models: sized from the images, logits for any data, and an error that names the sizes where an image is too small."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fmexp import compose, execute
 from fmexp.config import conf_dir
 from fmexp.datasets import Dataset, Split
 from fmexp.errors import ConfigError
-from fmexp.models import MLP, LeNet, resnet18, timm, torchvision, unlike_pretraining
+from fmexp.models import MLP, ConvNet, LeNet, resnet18, timm, torchvision, unlike_pretraining
 
 NAMES = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -71,6 +72,40 @@ def test_mlp_has_the_layers_asked_for() -> None:
     assert isinstance(model[-1], nn.Linear)  # logits: neither cut off by ReLU nor dropped out
     plain = MLP(input_shape=(3, 4, 5), num_classes=7, hidden=[])
     assert [type(layer) for layer in plain] == [nn.Flatten, nn.Linear]
+
+
+def test_convnet_has_two_convolutions_a_stage_and_halves_the_image_between() -> None:
+    model = ConvNet(input_shape=(3, 28, 20), num_classes=7, widths=[4, 6])
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert [(layer.in_channels, layer.out_channels) for layer in convolutions] == [(3, 4), (4, 4), (4, 6), (6, 6)]
+    assert [name for name, _ in model.named_children()] == ["stage1", "stage2", "head"]
+    images = torch.randn(2, 3, 28, 20)
+    features = model.get_submodule("stage2")(model.get_submodule("stage1")(images))
+    assert features.shape == (2, 6, 14, 10)
+    assert features.min() == 0  # a ReLU is last
+    head = model.get_submodule("head.2")
+    assert torch.allclose(model(images), head(features.mean((2, 3))), atol=1e-6)
+
+
+def test_convnet_takes_images_of_any_size() -> None:
+    model = ConvNet(input_shape=(1, 1, 3), num_classes=4, widths=[2, 2, 2]).eval()
+    assert model(torch.zeros(5, 1, 1, 3)).shape == (5, 4)
+
+
+def test_convnet_does_the_work_that_its_yaml_says() -> None:
+    model, work = ConvNet(input_shape=GREY, num_classes=10).eval(), 0
+
+    def count(layer: nn.Module, _: object, outputs: torch.Tensor) -> None:
+        nonlocal work
+        work += outputs.numel() * layer.get_parameter("weight")[0].numel()
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    model(torch.zeros(1, *GREY))
+    said = re.search(r"([\d.]+) million weights, (\d+) million mult", (conf_dir() / "model/convnet.yaml").read_text())
+    assert said
+    assert (round(parameters(model) / 1e6, 1), round(work / 1e6)) == (float(said[1]), int(said[2]))
 
 
 def test_resnet18_takes_the_images_channels() -> None:

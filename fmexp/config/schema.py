@@ -194,6 +194,11 @@ class MLP(Model):
 
 
 @dataclass
+class ConvNet(Model):
+    widths: list[int] = listed(32, 64, 128, least=1)  # channels of each stage; between two, height and width are halved
+
+
+@dataclass
 class Loss:
     _target_: str = MISSING  # the import path of a function, called with logits, labels and the keys below
 
@@ -369,7 +374,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mixed": Mixed,
         "chain": Chain,
     },
-    "model": {"plain": Model, "mlp": MLP, "torchvision": Torchvision, "timm": Timm},
+    "model": {"plain": Model, "mlp": MLP, "convnet": ConvNet, "torchvision": Torchvision, "timm": Timm},
     "loss": {"cross_entropy": CrossEntropy, "focal": Focal, "binary": Binary},
     "schedule": {
         "warmed": Warmed,

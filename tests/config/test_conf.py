@@ -25,6 +25,7 @@ from fmexp import compose, config, datasets, execute
 from fmexp.config import SCHEMAS, Config, Moment, composition, conf_dir, schema
 from fmexp.engine.optim import GROUPED
 from fmexp.errors import ConfigError
+from fmexp.models import ConvNet
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 GROUPS: dict[str, list[str]] = {
@@ -60,6 +61,8 @@ def smallest(cfg: DictConfig) -> DictConfig:
             cfg.dataset[key] = value
     if OmegaConf.is_missing(cfg.dataset, "root"):
         cfg.dataset.root = f"{os.environ['FMEXP_DATA']}/{cfg.dataset._target_.rpartition('.')[2]}"
+    if cfg.weights:  # those of another recipe's run
+        cfg.weights = f"{os.environ['FMEXP_DATA']}/model.pt"
     for stage in cfg.stage.values():
         stage.required = True
     return cfg
@@ -71,6 +74,7 @@ def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "data"
     write_datasets(root)
     write_cifar10(root, monkeypatch)
+    torch.save(ConvNet(input_shape=(1, 28, 28), num_classes=10).state_dict(), root / "model.pt")
     monkeypatch.setenv("FMEXP_DATA", str(root))
 
 
@@ -135,6 +139,24 @@ def test_every_recipe_trains_and_its_values_win_but_for_the_command_line(name: s
 def test_every_recipe_states_its_command(name: str) -> None:
     text = (conf_dir() / "experiment" / f"{name}.yaml").read_text()
     assert re.search(rf"^#\s+python -m fmexp\b.* experiment={name}\b", text, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("tiny_data")
+def test_finetune_begins_from_a_run_of_augmented_and_keeps_its_first_stage(tmp_path: Path) -> None:
+    """As their YAML says, word by word, but for the size."""
+    said = (conf_dir() / "experiment" / "finetune.yaml").read_text()
+    commands = re.findall(r"^#\s+python -m fmexp (experiment=\S+) (\S+=runs/clothes)$", said, re.MULTILINE)
+    assert [words[0] for words in commands] == ["experiment=augmented", "experiment=finetune"]
+    first, cfg = compose(["experiment=augmented"]), compose([*commands[1]])
+    assert cfg.weights == "runs/clothes"
+    execute(smallest(first), tmp_path / "first")
+    cfg = smallest(cfg)
+    cfg.weights = str(tmp_path / "first")
+    execute(cfg, tmp_path / "second")
+    assert re.search(r"weights +(\d+) of the model's \1 keys fit", (tmp_path / "second" / "fmexp.log").read_text())
+    before, after = (torch.load(tmp_path / run / "model.pt") for run in ("first", "second"))
+    same = {key for key, value in before.items() if torch.equal(value, after[key])}
+    assert same == {key for key in before if key.startswith("stage1.")}
 
 
 def test_the_tutorials_recipe_has_the_tutorials_settings() -> None:
