@@ -26,6 +26,7 @@ from program import run as run_program
 from tools import write_idx_splits
 
 from fmexp import read, sweep
+from fmexp.evaluate import evaluate
 from fmexp.predict import main as predict_main
 from fmexp.sweep.__main__ import main as sweep_main
 
@@ -150,7 +151,7 @@ RUNS = [command for command in COMMANDS if command.module == "fmexp"]
 def test_no_command_is_overlooked(page: Path) -> None:
     modules = [command for command in ALL if command.page == page.name]
     assert len(modules) >= page.read_text().count("python -m fmexp")
-    assert {command.module for command in modules} <= {"fmexp", "fmexp.predict", "fmexp.sweep"}
+    assert {command.module for command in modules} <= {"fmexp", "fmexp.evaluate", "fmexp.predict", "fmexp.sweep"}
 
 
 def test_there_is_something_to_execute() -> None:
@@ -329,6 +330,18 @@ def test_commands_that_predict(here: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert (left.value.code, said.err) == (0, ""), command
         table = (here / words[-1]).read_text() if "--csv" in words else said.out
         assert all(f"photos/{name}" in table for name in ("shirt.png", "bag.jpg")), command
+
+
+def test_commands_that_evaluate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first_run(here)
+    capsys.readouterr()
+    commands = [command for command in COMMANDS if command.module == "fmexp.evaluate"]
+    assert {command.page for command in commands} >= {"README.md", QUESTIONS}
+    for command in commands:
+        run, *words = placed(command.words)
+        folder, metrics = evaluate(run, words)
+        assert (folder / "result.json").is_file()
+        assert any(tag.endswith("/accuracy") for tag in metrics)
 
 
 def test_every_exception_is_needed() -> None:

@@ -81,7 +81,9 @@ def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     for key, value in identity(tree).items():
         if key.startswith("backend.") and value == "auto":
             continue  # only what was chosen deserves a column
-        unset = value is None or (value == [] and not key.startswith("model."))
+        unset = (
+            value is None or (value == [] and not key.startswith("model.")) or (key, value) == ("train.validation", 0)
+        )
         if key.startswith(_HPARAMS) and not key.endswith("_target_") and not unset:
             values[key] = value if isinstance(value, bool | int | float | str) else str(value)
     return values
@@ -91,4 +93,5 @@ GROUPS = ("dataset", "augment", "model", "loss", "optimizer", "schedule")
 _HPARAMS = (
     "seed", "weights", *(f"{group}." for group in GROUPS), "backend.", "train.epochs", "train.batch_size",
     "train.max_steps", "train.precision", "train.clip_grad", "train.accumulate", "train.ema", "train.freeze",
+    "train.validation", "train.patience",
 )  # fmt: skip

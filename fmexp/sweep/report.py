@@ -172,9 +172,14 @@ def conclude(root: Path, not_begun: int = 0) -> str:
         for member in members
         if member.status == "failed"
     ]
+    objective = objective_of(root)
+    by_test = [
+        f"{objective} chose the best by the test split, so that it is too good there. Choose by objective=val/accuracy "
+        "with train.validation=0.1."
+    ] * (objective.startswith("test/") and len(members) > 1)
     said = ", ".join(f"{counts[name]} {name}" for name in STATUSES if counts[name])
     return "\n".join(
-        [*printed(rows, groups, objective_of(root)), "", *failures, f"{sum(counts.values())} members: {said}",
+        [*printed(rows, groups, objective), "", *failures, *by_test, f"{sum(counts.values())} members: {said}",
          printable(written)]
     )  # fmt: skip
 
