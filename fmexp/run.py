@@ -164,6 +164,11 @@ class Run:
         """The evaluation of `split`."""
         return self.evaluate(self.split)
 
+    @property
+    def split_name(self) -> str:
+        """`split` in words: training, validation or test."""
+        return {"train": "training", "val": "validation", "test": "test"}[self.split]
+
     def write_metrics(self) -> Evaluation:
         """Evaluate `split`, and write its metrics."""
         for name, value in {"loss": self.evaluation.loss, **self.evaluation.metrics}.items():

@@ -30,9 +30,6 @@ from fmexp.rundir import checkpoint, tensorboard
 log = logging.getLogger(__name__)
 
 
-NAMES = {"val": "validation", "test": "test"}
-
-
 class DivergedError(Exception):
     """A loss that is not a finite number, at `step`."""
 
@@ -178,8 +175,9 @@ class Trainer:
             self.selection.after_epoch(objective, run.epoch, run.metrics, run.kept)
             if isinstance(run.schedule, Following):
                 run.schedule.after_epoch(objective)
+        of = run.split_name
         log.info("epoch %d: %s accuracy %.4f, %s loss %.4f",
-                 run.epoch, NAMES[run.split], evaluation.accuracy, NAMES[run.split], evaluation.loss)  # fmt: skip
+                 run.epoch, of, evaluation.accuracy, of, evaluation.loss)  # fmt: skip
         self.run_stages("epoch")
 
     def evaluate(self) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Whether a probability means what it says, on the test split: of images at 80 %, are 80 % right?"""
+"""Whether a probability means what it says: of images at 80 %, are 80 % right?"""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def calibration(run: Run, *, tag: str) -> None:
     above.bar(left[filled], (confidence - accuracy)[filled], **gap, **bars)
     above.plot((0, 1), (0, 1), color="gray", linestyle="dashed")
     below.bar(left, images / images.sum(), edgecolor="white", color="gray", **bars)
-    above.set_title(f"ECE {error:.3f}, {len(seen.labels):,} test images", fontsize=POINT * SMALL)
+    above.set_title(f"ECE {error:.3f}, {len(seen.labels):,} {run.split_name} images", fontsize=POINT * SMALL)
     above.legend(fontsize=POINT * SMALL, loc="upper left")
     above.set(xlim=(0, 1), ylim=(0, 1))
     below.set_xlabel("probability of the predicted class", fontsize=POINT * SMALL)

@@ -1,4 +1,4 @@
-"""Which class is taken for which, on the test split."""
+"""Which class is taken for which."""
 
 import math
 from collections.abc import Sequence
@@ -18,32 +18,37 @@ PAIRS = 20  # that are named in place of the cells
 
 
 def confusion_matrix(run: Run, *, tag: str) -> None:
-    """Draw the share in per cent of each class's test images (row) that was taken for each class (column).
+    """Draw the share in per cent of each class's evaluated images (row) that was taken for each class (column).
 
     With more than 100 classes, draw the pairs of classes that are confused most often, the first ones where equal.
     """
     names = run.dataset.classes
     grown = min(max(len(names) / 12, 1), 2)  # the more classes the larger, but no larger than a screen
     figure = Figure(figsize=(grown * CARD[0] / 100, grown * CARD[1] / 100), layout="tight")
-    (_matrix if len(names) <= DRAWN else _pairs)(figure, run.evaluation, names, POINT * SMALL * grown)
+    size = POINT * SMALL * grown
+    right, total = (_matrix if len(names) <= DRAWN else _pairs)(figure, run.evaluation, names, size)
+    title = f"accuracy {percent(right, total, 1)}%, {total:,} {run.split_name} images"
+    figure.axes[0].set_title(title, fontsize=size)
     add_figure(run, tag, figure)
 
 
-def _matrix(figure: Figure, evaluation: Evaluation, names: Sequence[str], size: float) -> None:
+def _matrix(figure: Figure, evaluation: Evaluation, names: Sequence[str], size: float) -> tuple[int, int]:
+    """Draw the cells; return how many images are right, and how many there are."""
     axes, counts = figure.add_subplot(), evaluation.confusion
     totals = counts.sum(1)
     shares = counts / totals.clamp(min=1)[:, None]
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    _entitle(axes, int(counts.diagonal().sum()), int(totals.sum()), size)
     axes.set_xlabel("predicted (% of the actual class)", fontsize=size)
     axes.set_ylabel("actual", fontsize=size)
     bar = figure.colorbar(image, ticks=[0, 0.5, 1], format=PercentFormatter(1), pad=0.02, fraction=0.04)
     bar.ax.tick_params(labelsize=size)
     room = 0.7 * figure.get_size_inches()[1] * 100 / len(names)  # of a row, in pixels
     _number(axes, names, counts, shares, min(POINT * SMALL, POINT * room))
+    return int(counts.diagonal().sum()), int(totals.sum())
 
 
-def _pairs(figure: Figure, evaluation: Evaluation, names: Sequence[str], size: float) -> None:
+def _pairs(figure: Figure, evaluation: Evaluation, names: Sequence[str], size: float) -> tuple[int, int]:
+    """The same for the pairs of classes."""
     axes, wrong = figure.add_subplot(), evaluation.guesses != evaluation.labels
     pairs = evaluation.labels[wrong] * len(names) + evaluation.guesses[wrong]
     found, counts = pairs.unique(return_counts=True)
@@ -57,13 +62,9 @@ def _pairs(figure: Figure, evaluation: Evaluation, names: Sequence[str], size: f
     axes.barh(range(len(labels)), counts[order].tolist())
     axes.set_yticks(range(len(labels)), labels, fontsize=size * 0.7)
     axes.set(xticks=[], xmargin=0.2, ylim=(PAIRS - 0.5, -0.5))
-    _entitle(axes, int((~wrong).sum()), len(wrong), size)
     axes.set_xlabel("images, and % of the actual class", fontsize=size)
     axes.set_ylabel("actual \N{RIGHTWARDS ARROW} predicted", fontsize=size)
-
-
-def _entitle(axes: Axes, right: int, total: int, size: float) -> None:
-    axes.set_title(f"accuracy {percent(right, total, 1)}%, {total:,} test images", fontsize=size)
+    return int((~wrong).sum()), len(wrong)
 
 
 def _number(axes: Axes, names: Sequence[str], counts: Tensor, shares: Tensor, size: float) -> None:

@@ -65,7 +65,7 @@ def _blank(count: int, shape: tuple[int, ...]) -> Figure:
 
 
 def commonest(evaluation: Evaluation) -> list[int]:
-    """The classes that have a tag of their own: all, or the TAGS with the most test images, the first ones where equal.
+    """The classes that have a tag of their own: all, or the TAGS with the most images, the first ones where equal.
 
     So they are the same at every step and in every member of a sweep.
     """

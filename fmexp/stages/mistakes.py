@@ -1,4 +1,4 @@
-"""The test images that the model is surest of and wrong about: wrong labels in the data are often among them."""
+"""The evaluated images that the model is surest of and wrong about: wrong labels in the data are often among them."""
 
 from matplotlib.figure import Figure
 
@@ -14,17 +14,17 @@ def mistakes(run: Run, *, tag: str, images: int) -> None:
     seen = run.evaluation
     wrong = (seen.guesses != seen.labels).nonzero().flatten()
     if not len(wrong):
-        add_figure(run, tag, _none(len(seen.labels)))
+        add_figure(run, tag, _none(len(seen.labels), run.split_name))
         return
     chances = seen.probabilities[wrong, seen.guesses[wrong]]
     order = chances.argsort(descending=True, stable=True)[:images]
     shown = wrong[order]
-    pixels, _ = run.dataset.take(run.dataset.test, shown)
+    pixels, _ = run.dataset.take(run.dataset.splits[run.split], shown)
     names = ([run.dataset.classes[index] for index in which[shown].tolist()] for which in (seen.guesses, seen.labels))
     add_figure(run, tag, judged(run.dataset.displayable(pixels), chances[order].tolist(), *names))
 
 
-def _none(images: int) -> Figure:
+def _none(images: int, split: str) -> Figure:
     figure = Figure(figsize=(CARD[0] / 100, CARD[1] / 100))
-    figure.text(0.5, 0.5, f"no mistake in {images:,} test images", ha="center", va="center", fontsize=POINT * SMALL)
+    figure.text(0.5, 0.5, f"no mistake in {images:,} {split} images", ha="center", va="center", fontsize=POINT * SMALL)
     return figure

@@ -30,7 +30,7 @@ def diagram(evaluation: Evaluation, patch: pytest.MonkeyPatch) -> tuple[Figure, 
 
     patch.setattr(calibration, "add_figure", add_figure)
     writer = SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image.copy()))
-    calibration.calibration(SimpleNamespace(evaluation=evaluation, step=7, writer=writer), tag="any")  # type: ignore[arg-type]
+    calibration.calibration(SimpleNamespace(evaluation=evaluation, step=7, writer=writer, split_name="test"), tag="any")  # type: ignore[arg-type]
     return figures[0], pictures[0]
 
 

@@ -57,7 +57,7 @@ def matrix(counts: list[list[int]], names: Sequence[str], patch: pytest.MonkeyPa
     patch.setattr(confusion_matrix, "add_figure", add_figure)
     run = SimpleNamespace(
         evaluation=SimpleNamespace(confusion=torch.tensor(counts)), dataset=SimpleNamespace(classes=names), step=7,
-        writer=SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image)),
+        split_name="test", writer=SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image)),
     )  # fmt: skip
     confusion_matrix.confusion_matrix(run, tag="any")  # type: ignore[arg-type]
     return found[0]
@@ -115,7 +115,9 @@ def many_classes(classes: int, patch: pytest.MonkeyPatch) -> SimpleNamespace:
         add_scalar=lambda tag, value, step: writer.points.update({tag: value}),
     )  # fmt: skip
     names = [f"class {index}" for index in range(classes)]
-    return SimpleNamespace(evaluation=seen, dataset=SimpleNamespace(classes=names), step=7, writer=writer)
+    return SimpleNamespace(
+        evaluation=seen, dataset=SimpleNamespace(classes=names), step=7, writer=writer, split_name="test"
+    )
 
 
 @pytest.mark.parametrize("classes", [901, 10_000])

@@ -34,7 +34,7 @@ class Mapped(torch.utils.data.Dataset[Any]):
 
 
 def look(
-    dataset: Dataset, evaluation: Evaluation, images: int, patch: pytest.MonkeyPatch
+    dataset: Dataset, evaluation: Evaluation, images: int, patch: pytest.MonkeyPatch, split: str = "test"
 ) -> tuple[Figure, list[Drawn], Bytes]:
     """The figure that `mistakes` draws of an evaluation, what stands in it, and its picture."""
     figures: list[Figure] = []
@@ -46,7 +46,9 @@ def look(
 
     patch.setattr(mistakes, "add_figure", add_figure)
     writer = SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image.copy()))
-    run = SimpleNamespace(dataset=dataset, evaluation=evaluation, step=7, writer=writer)
+    run = SimpleNamespace(
+        dataset=dataset, evaluation=evaluation, step=7, writer=writer, split=split, split_name=f"{split} split's"
+    )
     mistakes.mistakes(run, tag="any", images=images)  # type: ignore[arg-type]
     return figures[0], Drawn.of(figures[0]), pictures[0]
 
@@ -98,10 +100,17 @@ def test_the_images_are_the_evaluated_ones(
         assert np.array_equal(np.rint(one.image * 255), expected)
 
 
+def test_during_training_they_are_of_the_validation_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    val = Split(torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 1, 9, 7), LABELS)
+    other = Split(255 - val.images, LABELS)
+    _, drawn, _ = look(Dataset(other, other, NAMES, val=val), Evaluation(CHANCES, LABELS, 0.0), 4, monkeypatch, "val")
+    assert [int(np.rint(one.image * 255).max()) for one in drawn] == SUREST
+
+
 def test_without_a_mistake_the_picture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     split = Split(torch.zeros(6, 1, 9, 7, dtype=torch.uint8), LABELS)
     right = Evaluation(torch.eye(3)[LABELS], LABELS, 0.0)
     figure, drawn, sheet = look(Dataset(split, split, NAMES), right, 8, monkeypatch)
-    assert [text.get_text() for text in figure.texts] == ["no mistake in 6 test images"]
+    assert [text.get_text() for text in figure.texts] == ["no mistake in 6 test split's images"]
     assert drawn == []
     assert sheet.min() < 100
