@@ -57,7 +57,8 @@ def matrix(counts: list[list[int]], names: Sequence[str], patch: pytest.MonkeyPa
     patch.setattr(confusion_matrix, "add_figure", add_figure)
     run = SimpleNamespace(
         evaluation=SimpleNamespace(confusion=torch.tensor(counts)), dataset=SimpleNamespace(classes=names), step=7,
-        split_name="test", writer=SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image)),
+        split_name="test",
+        writer=SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image)),
     )  # fmt: skip
     confusion_matrix.confusion_matrix(run, tag="any")  # type: ignore[arg-type]
     return found[0]
