@@ -169,7 +169,7 @@ def known() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "chunk", [chunk if chunk < 3 else pytest.param(chunk, marks=pytest.mark.slow) for chunk in range(CHUNKS)]
+    "chunk", [chunk if chunk < 3 else pytest.param(chunk, marks=pytest.mark.nightly) for chunk in range(CHUNKS)]
 )
 def test_no_command_line_ends_in_a_traceback_or_leaves_a_file(chunk: int, known: list[str], template: Path) -> None:
     own, environment, faults = contents(template), dict(os.environ), []

@@ -62,7 +62,7 @@ def test_three_combinations(driver: Driver, data: Path, tmp_path: Path) -> None:
     assert_exact(driver, data, tmp_path, {number: {"model": CHEAP[number]} for number in range(3)})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("first", range(0, 20, TOGETHER))
 def test_twenty_combinations(driver: Driver, data: Path, tmp_path: Path, first: int) -> None:
     assert_exact(driver, data, tmp_path, {number: {} for number in range(first, first + TOGETHER)})

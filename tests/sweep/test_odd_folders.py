@@ -137,7 +137,7 @@ def in_words(function: Callable[[], object]) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.nightly)])
 def test_any_folder_is_read_as_data(
     count: int, sound: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
