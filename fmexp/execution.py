@@ -131,6 +131,7 @@ class _Execution:
                 except DivergedError as diverged:
                     log.error("the run diverged: %s. A smaller optimizer.lr is the usual cure.", diverged)
                     status, run.step = "diverged", diverged.step
+                    run.epoch = (diverged.step - 1) // self.trainer.steps_per_epoch  # wherever it was noticed
             return self._finish(status)
         except BaseException as error:
             with suppress(Exception):  # a writer on a full disk raises once more

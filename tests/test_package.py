@@ -159,7 +159,9 @@ def test_pytest_takes_all_cores_with_one_thread_each_and_leaves_out_the_slow_tes
     pytestconfig: pytest.Config,
 ) -> None:
     words = pytestconfig.getini("addopts")
-    assert {("-n", "auto"), ("--dist", "worksteal"), ("-m", "not slow")} <= set(itertools.pairwise(words))
+    assert {("-n", "auto"), ("--dist", "worksteal"), ("-m", "not slow and not nightly")} <= set(
+        itertools.pairwise(words)
+    )
     assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
 
 

