@@ -128,6 +128,8 @@ def test_exported_pictures_have_the_accuracy_of_the_run(
     metric = json.loads((done / "result.json").read_text())["metrics"]["test/accuracy"]
     assert accuracy(rows, KEPT[str(done)]) == metric > 0.2
     assert torch.equal(probabilities(rows), KEPT[str(done)][0].probabilities.amax(1))
+    reader = predict.Reader(fmexp.load(done), [str(pictures)])
+    assert [len(batch) for batch in reader.batches()] == [500, 500, 100], "as in an evaluation, for the last bits"
 
 
 def test_real_test_split_as_png_has_the_accuracy_of_the_run_also_among_odd_files(

@@ -101,9 +101,10 @@ def _read(folder: Path) -> dict[str, Any]:
         for one in (about, *about.get("resumed_with", [])):
             if not isinstance(one.get("git"), dict | None):
                 raise TypeError("git is no mapping")
+        json.dumps(about, allow_nan=False)  # as it is to be written again
     except FileNotFoundError:
         return {}
-    except (FmexpError, AttributeError, TypeError) as error:
+    except (FmexpError, AttributeError, RecursionError, TypeError, ValueError) as error:
         log.warning("%s is damaged, and the beginning of this run not known: %s", folder / layout.LINEAGE, error)
         return {}
     return about  # type: ignore[no-any-return]

@@ -19,7 +19,6 @@ from fmexp.config.schema import Train
 from fmexp.config.validate import check_limits
 
 SEED = os.environ.get("RELIABILITY_SEED", "0")
-TOGETHER = 5
 CHEAP = ("lenet", "mlp", "lenet model._target_=reliability_parts.Noisy")  # models whose runs take a second
 
 
@@ -63,33 +62,41 @@ def test_three_combinations(driver: Driver, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("first", range(0, 20, TOGETHER))
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("first", [0, 10])
 def test_twenty_combinations(driver: Driver, data: Path, tmp_path: Path, first: int) -> None:
-    assert_exact(driver, data, tmp_path, {number: {} for number in range(first, first + TOGETHER)})
+    refused = assert_exact(driver, data, tmp_path, {number: {} for number in range(first, first + 10)})
+    assert len(refused) < 10, refused  # or little can be combined, and this tests little
 
 
-def assert_exact(driver: Driver, data: Path, folder: Path, combinations: dict[int, dict[str, str]]) -> None:
-    """Assert it of combinations with some options given; of those that fmexp refuses, in words, others are drawn."""
+def assert_exact(driver: Driver, data: Path, folder: Path, combinations: dict[int, dict[str, str]]) -> list[str]:
+    """Assert it of combinations with some options given; of those that fmexp refuses, others are drawn.
+
+    Returns:
+        what was said to those that were refused.
+    """
     refused: list[str] = []
     for number, given in combinations.items():
-        place = folder / str(number)
         for tried in range(20):
+            place = folder / f"{number}_{tried}"
             chosen = random.Random(f"{SEED} {number} {tried}")
             options = {group: dealt(SEED, group, number) for group in GROUPS} if not tried else {}
-            words = complete(driver, data, place / f"begin{tried}", chosen, draw(chosen, **{**options, **given}))
+            words = complete(driver, data, place / "begin", chosen, draw(chosen, **{**options, **given}))
             print(f"RELIABILITY_SEED={SEED}, combination {number}:", *words)
-            truth = place / f"truth{tried}" / "run"
+            truth = place / "truth" / "run"
             truth.parent.mkdir(parents=True)
             ended = driver.run(*words, f"hydra.run.dir={truth}", trace=truth.parent / "trace.txt")
             assert "Traceback" not in ended.output, ended.output
             if ended.code == 0:
+                victim = random_moments(driver, truth, place, tuple(words), 2, chosen.randrange(2**32))
+                assert victim.kills == 2
                 break
             assert not truth.exists(), ended.output
             refused.append(ended.output)
             print(ended.output)
-        victim = random_moments(driver, truth, place, tuple(words), 2, chosen.randrange(2**32))
-        assert victim.kills == 2
-    assert len(refused) <= 2 * len(combinations), refused  # or so little can be combined that this tests little
+        else:
+            raise AssertionError(f"All of these were refused: {refused}")
+    return refused
 
 
 def complete(driver: Driver, data: Path, folder: Path, chosen: random.Random, words: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Where a run comes from, as its folder says it: commit, changes, command, times, in git repositories; and tags."""
 
 import csv
+import hashlib
 import json
 import os
 import shlex
@@ -145,6 +146,8 @@ def test_a_large_patch_is_left_out(repo: Repository, tmp_path: Path, caplog: pyt
     assert "resumed_with" not in found  # the same changes, though not kept
     assert "code has changed" not in caplog.text
     assert not (tmp_path / "run" / layout.PATCH).exists()
+    patch = repo("diff", "--binary").encode()  # of which the same part is compared at each resume
+    assert found["git"]["patch_sha256"] == hashlib.sha256(patch[:1_000_001]).hexdigest()
 
 
 @needs_git
@@ -282,11 +285,14 @@ def test_a_commit_between_stop_and_resume_is_listed(
     (repo.folder / "code").write_text("three\n")
     interrupt(cfg, folder, 13)
     assert f"commit {second[:12]} then, commit {second[:12]} with uncommitted changes now" in caplog.text
+    (repo.folder / "code").write_text("four\n")
+    interrupt(cfg, folder, 14)
+    interrupt(cfg, folder, 15)
     execute(cfg, folder)
     found = origin(folder)
     assert {key: value for key, value in found.items() if key not in ("end", "resumed_with")} == json.loads(before)
     later = [(one["git"]["commit"], one["git"]["dirty"], one["start"][:4]) for one in found["resumed_with"]]
-    assert later == [(second, False, "2100"), (second, True, "2100")]
+    assert later == [(second, False, "2100"), (second, True, "2100"), (second, True, "2100")]
     assert found["end"][:4] == "2100"
     assert [step for step, _ in shown(folder)] == [0, 16]
     assert shown(folder)[1] == (16, found)
@@ -308,7 +314,7 @@ def test_a_run_that_begins_anew_forgets_where_it_had_begun(repo: Repository, tmp
 
 
 @needs_git
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"git": 1}', '{"git": {}, "resumed_with": 3}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"git": 1}', '{"a": NaN}', '{"git": {}, "resumed_with": 3}'])
 def test_a_run_whose_beginning_is_lost_goes_on(
     content: str | None, repo: Repository, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
