@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from fmexp import datasets, rng
+from fmexp import config, datasets, rng
 from fmexp.engine.backend import Backend
 from fmexp.engine.cuda_graph import bits
 from fmexp.engine.evaluation import Evaluation, evaluate
@@ -170,9 +170,12 @@ class Run:
         return {"train": "training", "val": "validation", "test": "test"}[self.split]
 
     def write_metrics(self) -> Evaluation:
-        """Evaluate `split`, and write its metrics."""
+        """Evaluate `split`; keep its metrics, and write those that are shown."""
         for name, value in {"loss": self.evaluation.loss, **self.evaluation.metrics}.items():
-            self.scalar(f"{self.split}/{name}", value)
+            tag = f"{self.split}/{name}"
+            self.metrics[tag] = value
+            if config.is_shown(tag, self.cfg.objective):
+                self.scalar(tag, value)
         return self.evaluation
 
     def scalar(self, tag: str, value: float) -> None:

@@ -68,7 +68,12 @@ def assert_complete(folder: Path) -> None:
     """Check that all of a run's files are in its folder, and say that it is complete."""
     assert {path.name for path in folder.iterdir()} >= COMPLETE
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-    assert {path.name for path in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert {path.name for path in (folder / ".hydra").iterdir()} == {
+        "config.yaml",
+        "hydra.yaml",
+        "lineage.json",
+        "overrides.yaml",
+    }
     assert result(folder)["status"] == "complete"
     assert not list(folder.glob("checkpoint*"))
 

@@ -122,8 +122,8 @@ def bad(words: str, *says: str) -> Case:
 
 # Found while the configuration is composed or checked.
 COMPOSED = [
-    bad("model=lennet", "model/lennet", "Did you mean model=lenet?", "The options of model are ", "lenet, mlp"),
-    bad("+stage=mine", "stage/mine", "pr_curves, predictions, projector"),
+    bad("model=lennet", "model/lennet", "Did you mean model=lenet or model=convnet?", "The options of model are ", "lenet, mlp"),
+    bad("+stage=mine", "stage/mine", "pr_curves, predictions, profile, projector"),
     bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, no_decay, layer_decay, mom",
         "+optimizer.lrr=0.1"),
     bad("optimizr=adam", "There is no key and no group optimizr. Did you mean optimizer?",
@@ -177,7 +177,7 @@ COMPOSED = [
     bad("--multirun hydra/sweeper=optuna +bf16=true seed=interval(1,9)", "There is no key and no group bf16.\n"),
     bad("--multirun hydra/sweeper=optuna +trian.epochs=interval(1,9)", "There is no key and no group trian."),
     bad("--cfg=job --info=all", "Only one of", "--cfg, --info"),
-    bad("--help model=lennet", "model/lennet", "Did you mean model=lenet?"),
+    bad("--help model=lennet", "model/lennet", "Did you mean model=lenet or model=convnet?"),
     bad("optimizer=typo", "optimizer/typo", "There is no key optimizer.lrr. Did you mean optimizer.lr?"),
     bad("optimizer=word", "optimizer/word", "optimizer.lr: Value 'fast'", "could not be converted to Float"),
     bad("optimizer=negative", "optimizer.lr=-1.0 must be at least 0.0"),
@@ -544,7 +544,7 @@ def test_folders_that_held_something_stay(here: Path) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        bad("model=lennet", "Did you mean model=lenet?"),
+        bad("model=lennet", "Did you mean model=lenet or model=convnet?"),
         bad("optimizer.lrr=0.1", "Did you mean optimizer.lr?"),
         bad("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0.0"),
         bad("train.epochs=1e1", "train.epochs=10.0 must be a whole number: write train.epochs=10."),

@@ -16,6 +16,16 @@ MORE_IS_BETTER = {
 }
 
 
+CURVES = ("loss", "accuracy")
+
+
+def is_shown(tag: str, objective: str) -> bool:
+    """Whether a metric has a curve in TensorBoard and a column in tables. Of a split's metrics only the loss, the accuracy
+    and the objective have, so that these are seen first; the others are in result.json."""
+    split, _, name = tag.partition("/")
+    return tag == objective or split not in SPLITS or name not in MORE_IS_BETTER or name in CURVES
+
+
 def maximised(objective: str) -> bool:
     """Whether more of a metric is better, such as of val/f1 or test/accuracy/best; any other name is that of a loss."""
     split, _, name = objective.removesuffix("/best").partition("/")

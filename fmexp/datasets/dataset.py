@@ -279,7 +279,7 @@ def check(dataset: Dataset) -> None:
     classes = dataset.classes
     if problem := _wrong_classes(classes):
         raise ConfigError(f"dataset: {problem}")
-    for name, split in dataset.splits.items():
+    for name, split in {"train": dataset.train, "test": dataset.test, **dataset.splits}.items():
         if problem := _wrong_split(split, len(classes)):
             raise ConfigError(f"dataset: the {name} split {problem}")
         if not isinstance(split, Split):

@@ -86,9 +86,11 @@ def table(
     varied = varied_keys(override_words(members))
     words = {member.folder: _words(member, SHOWN_NOTE if digits else None) for member in members}
     said = [name for name in ("tags", "note") if any(found[name] for found in words.values())]
+    objective = objective or objective_of(root)
     metrics = list(dict.fromkeys(name for member in members for name in member.metrics if name != "seconds"))
+    metrics = [name for name in metrics if config.is_shown(name, objective)]
     rows = [[*varied, *said, *metrics, "status", "seconds", "folder"]]
-    for member in ranked(members, objective or objective_of(root)):
+    for member in ranked(members, objective):
         values = [_shown(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
         keys = [*(member.overrides.get(key, "") for key in varied), *(words[member.folder][name] for name in said)]
         seconds = _shown(member.seconds, digits and 1)

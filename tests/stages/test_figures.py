@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 from tools import small
 
-from fmexp.stages import predictions
+from fmexp.stages import figures
 
 
 def test_a_reused_figure_draws_the_pixels_of_a_fresh_one(run_small: Callable[..., Any]) -> None:
-    predictions._blank.cache_clear()
+    figures._blank.cache_clear()
     only = [f"stage.{name}.enabled=false" for name in small().stage if name != "predictions"]
     _, reused = run_small(*only, name="reused")  # 4 figures, of which the first one is fresh
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictions, "_blank", predictions._blank.__wrapped__)
+        patch.setattr(figures, "_blank", figures._blank.__wrapped__)
         _, fresh = run_small(*only, name="fresh")
     tag = "view/predictions"
     pictures = [image.encoded_image_string for image in reused.Images(tag)]

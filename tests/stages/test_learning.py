@@ -150,7 +150,10 @@ def test_histograms_hold_the_weights_and_the_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["sgd", "window"])
 def test_it_disturbs_nothing_and_costs_nothing_where_it_is_off(option: str, tmp_path: Path) -> None:
-    for name, words in {"on": (*ON, "stage.learning.histograms=true"), "off": ()}.items():
+    for name, words in {
+        "on": (*ON, "stage.learning.histograms=true"),
+        "off": ("stage.learning.enabled=false",),
+    }.items():
         cfg = small(*BASE, *words, *OPTIONS[option], "train.epochs=2")
         execute(cfg, tmp_path / name)
         run = build(cfg)

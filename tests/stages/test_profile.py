@@ -106,7 +106,7 @@ class One:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_kind_of_step_is_traced_and_none_of_the_runs_own_is_another(option: str, tmp_path: Path) -> None:
-    for name, words in {"on": ON, "off": ()}.items():
+    for name, words in {"on": ON, "off": ("stage.profile.enabled=false",)}.items():
         execute(small(*BASE, *words, *OPTIONS[option]), tmp_path / name)
     assert_same_weights(tmp_path / "on", tmp_path / "off")
     on, off = read_events(tmp_path / "on"), read_events(tmp_path / "off")
