@@ -122,7 +122,8 @@ def bad(words: str, *says: str) -> Case:
 
 # Found while the configuration is composed or checked.
 COMPOSED = [
-    bad("model=lennet", "model/lennet", "Did you mean model=lenet or model=convnet?", "The options of model are ", "lenet, mlp"),
+    bad("model=lennet", "model/lennet", "Did you mean model=lenet or model=convnet?",
+        "The options of model are ", "lenet, mlp"),
     bad("+stage=mine", "stage/mine", "pr_curves, predictions, profile, projector"),
     bad("optimizer.lrr=0.1", "optimizer.lrr", "Did you mean optimizer.lr?", "lr, no_decay, layer_decay, mom",
         "+optimizer.lrr=0.1"),

@@ -9,6 +9,6 @@ from fmexp.config.validate import check, closed, no_key, no_text, output_folder,
 
 __all__ = [
     "NOT_IN_DIGEST", "SCHEMAS", "Config", "Moment", "check", "closed", "compose", "conf_dir", "difference", "digest",
-    "flat", "hparams", "identity", "is_shown", "left_out", "maximised", "no_key", "no_text", "output_folder", "resolved",
-    "without_hydra", "wrong_value",
+    "flat", "hparams", "identity", "is_shown", "left_out", "maximised", "no_key", "no_text", "output_folder",
+    "resolved", "without_hydra", "wrong_value",
 ]  # fmt: skip
