@@ -22,7 +22,7 @@ CURVES = ("loss", "accuracy")
 def is_shown(tag: str, objective: str) -> bool:
     """Whether a metric has a curve in TensorBoard and a column in tables.
 
-    Of a split's metrics the loss, the accuracy and the objective have, so that they are seen first; result.json has all.
+    Of a split's metrics the loss, the accuracy and the objective have, to be seen first; result.json has all.
     """
     split, _, name = tag.partition("/")
     return tag == objective or split not in SPLITS or name not in MORE_IS_BETTER or name in CURVES
