@@ -81,7 +81,7 @@ def test_histograms(page: Page, learnt: TensorBoard) -> None:
 
 def test_profile(page: Page, learnt: TensorBoard) -> None:
     browser.open_tab(page, learnt.url, "text")
-    page.locator("tf-tag-filterer input").fill("^profile")  # TensorBoard opens two tags by itself, and this is the third
+    page.locator("tf-tag-filterer input").fill("^profile")  # the third tag: TensorBoard opens two by itself
     table = page.get_by_text("training step").first
     table.scroll_into_view_if_needed()
     expect(table).to_be_visible()
