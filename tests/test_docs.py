@@ -28,6 +28,7 @@ from tools import write_idx_splits
 from fmexp import read, sweep
 from fmexp.evaluate import evaluate
 from fmexp.predict import main as predict_main
+from fmexp.rundir.layout import read_config
 from fmexp.sweep.__main__ import main as sweep_main
 
 BASH = shutil.which("bash") or ""
@@ -242,7 +243,8 @@ def assert_complete(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["failures"]) == ("complete", {}), result
     assert 1 <= result["steps"] <= 16  # an epoch of what smaller() leaves
-    assert result["objective"] == result["metrics"]["test/accuracy"]
+    objective = read_config(folder)["objective"]
+    assert result["objective"] == result["metrics"][objective]
     assert read(folder).scalars["test/accuracy"]
 
 
