@@ -34,8 +34,8 @@ def test_a_member_has_one_line_and_its_log_has_all(tmp_path: Path) -> None:
     assert table == 1 + 6, done.out
     assert len(lines) == 1 + 6 + 7 + 4 + 5 + 1, "members, table, replicates, closing lines, and two blank ones"
     assert [line for line in lines if "chose the best by the test split" in line] == [
-        "test/accuracy chose the best by the test split, so that it is too good there. Choose by objective=val/accuracy "
-        "with train.validation=0.1."
+        "test/accuracy chose the best by the test split, so that it is too good there. Choose by objective="
+        "val/accuracy with train.validation=0.1."
     ]
     so_far = -1.0
     for number, (line, path) in enumerate(zip(lines[1:7], members(tmp_path / "s"), strict=True), 1):
