@@ -155,8 +155,9 @@ def _augment(cfg: DictConfig, classes: int) -> datasets.augment.Augment | None:
             signature.bind(None, None, None, **part.keywords)
         except Exception as error:
             raise _unbuildable(key, OmegaConf.select(cfg, key), error) from error
-    steps = {key.rpartition(".")[2]: _plain(step) for key, step in _steps(function.keywords, partial).items()}
-    function.keywords.update({"steps": steps} if steps else {})
+    if isinstance(steps := function.keywords.get("steps"), dict):
+        plain = {name: _plain(step) if isinstance(step, partial) else step for name, step in steps.items()}
+        function.keywords["steps"] = plain
     return None if function.func is datasets.augment.none else _plain(function)
 
 

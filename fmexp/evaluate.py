@@ -16,15 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from fmexp import config, messages, process
 from fmexp.config import validate
+from fmexp.config.objective import SPLITS
 from fmexp.errors import ConfigError, FmexpError, printable
-from fmexp.rundir import layout, results
+from fmexp.rundir import bounded, layout, results
 from fmexp.tables import aligned
 
 if TYPE_CHECKING:  # torch is imported once the words are known to be right
     from fmexp.datasets import Dataset
     from fmexp.run import Run
 
-SPLITS = ("test", "val", "train")
 GROUPS = ("dataset", "logging")  # of which another option may be taken
 MAY_DIFFER = (*GROUPS, "stage", "backend", "device", "train.num_workers")
 
@@ -52,7 +52,7 @@ def evaluate(run_folder: str | Path, overrides: list[str]) -> tuple[Path, dict[s
     asked = {key: value for key, _, value in words if key in ("split", "mapping")}
     split, mapping = asked.get("split", "test"), _mapping(asked.get("mapping"))
     if split not in SPLITS:
-        raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}.")
+        raise ConfigError(f"split={split} must be one of {', '.join(reversed(SPLITS))}.")
     others = {key: value for key, _, value in words if key not in asked}
     cfg = _configuration(known, others)
     if split == "val" and not cfg.train.validation:
@@ -92,17 +92,18 @@ def _configuration(tree: Mapping[str, Any], words: Mapping[str, str]) -> DictCon
     if "${" in OmegaConf.to_yaml(cfg):
         raise FmexpError(f"{layout.CONFIG} of the run is damaged: it interpolates, and no run writes that.")
     composed = config.compose([f"{key}={words[key]}" for key in GROUPS if key in words])
+    stages = {f"stage.{name}" for name in composed.stage}
     for group in GROUPS:
         if group in words:
             cfg[group] = composed[group]
-    for part in ("backend", *_stages(composed)):  # as the schemas have them, so that values are checked
+    for part in ("backend", *stages):  # as the schemas have them, so that values are checked
         if (mine := OmegaConf.select(cfg, part)) is not None:
             OmegaConf.update(cfg, part, OmegaConf.merge(OmegaConf.select(composed, part), mine), merge=False)
     for key, value in words.items():
         if key in GROUPS:
             continue
         part, _, name = key.rpartition(".")
-        if part in _stages(composed) and OmegaConf.select(cfg, part) is None:
+        if part in stages and OmegaConf.select(cfg, part) is None:
             OmegaConf.update(cfg, part, OmegaConf.select(composed, part), force_add=True)
         node = OmegaConf.select(cfg, part) if part else cfg
         if not isinstance(node, DictConfig) or name not in list(node):  # `in` would not see what is ???
@@ -111,16 +112,12 @@ def _configuration(tree: Mapping[str, Any], words: Mapping[str, str]) -> DictCon
             )
         try:
             with validate.in_words():
-                node[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+                node[name] = bounded.parse_yaml(value)
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{key}={value} is no YAML: {error}") from error
     cfg.weights, cfg.train.ema, cfg.train.accumulate = None, None, 1  # of the training alone
     config.check(cfg)
     return cfg  # type: ignore[no-any-return]
-
-
-def _stages(cfg: DictConfig) -> set[str]:
-    return {f"stage.{name}" for name in cfg.stage}
 
 
 def _mapping(text: str | None) -> dict[str, str]:
@@ -128,8 +125,8 @@ def _mapping(text: str | None) -> dict[str, str]:
     if text is None:
         return {}
     try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError:
+        mapping = bounded.parse_yaml(text)
+    except (yaml.YAMLError, ValueError):
         mapping = None
     if not isinstance(mapping, dict):
         raise ConfigError(f"mapping={text} must be of the form '{{<class of the data>: <class of the run>, ...}}'.")

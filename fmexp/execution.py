@@ -173,9 +173,7 @@ class _Execution:
         counts = [sum(p.numel() for p in run.model.parameters() if p.requires_grad >= trained) for trained in (0, 1)]
         trained = f", {counts[1]:,} of them trained" * (counts[0] != counts[1])
         images = " + ".join(
-            f"{datasets.length(part):,} {name}"
-            for part, name in ((data.train, "training"), (data.val, "validation"), (data.test, "test"))
-            if part is not None
+            f"{datasets.length(part):,} {datasets.SPLIT_NAMES[name]}" for name, part in data.splits.items()
         )
         for name, text in (
             ("data", data.description or target(cfg.dataset)),

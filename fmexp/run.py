@@ -167,7 +167,7 @@ class Run:
     @property
     def split_name(self) -> str:
         """`split` in words: training, validation or test."""
-        return {"train": "training", "val": "validation", "test": "test"}[self.split]
+        return datasets.SPLIT_NAMES[self.split]
 
     def write_metrics(self) -> Evaluation:
         """Evaluate `split`; keep its metrics, and write those that are shown."""

@@ -44,6 +44,7 @@ class Split:
 
 
 MapStyle = torch.utils.data.Dataset[Any]
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}  # in words
 MOST_NUMBERS = 2**28  # of an image, in a file that says how large they are
 
 
@@ -83,8 +84,8 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, Split | MapStyle]:
-        """The splits that there are, by name: train, test, perhaps val."""
-        every = {"train": self.train, "test": self.test, "val": self.val}
+        """The splits that there are, by name: train, perhaps val, test."""
+        every = {name: getattr(self, name) for name in SPLIT_NAMES}
         return {name: split for name, split in every.items() if split is not None}
 
     @cached_property
@@ -167,7 +168,7 @@ class Dataset:
         return self._checked(split, index, sample)
 
     def _name(self, split: MapStyle) -> str:
-        return "training" if split is self.train else "validation" if split is self.val else "test"
+        return next((SPLIT_NAMES[name] for name, part in self.splits.items() if part is split), "test")
 
     def _checked(self, split: MapStyle, index: int, sample: Any) -> tuple[Tensor, int]:
         if problem := _wrong_sample(sample, len(self.classes)):

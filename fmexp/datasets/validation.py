@@ -51,8 +51,10 @@ def with_validation(dataset: Dataset, share: float) -> Dataset:
     Raises:
         ConfigError: there is nothing to hold out.
     """
-    if not share or dataset.val is not None:
-        return dataset if share else replace(dataset, val=None)
+    if bool(share) == (dataset.val is not None):  # there is what is wanted
+        return dataset
+    if not share:
+        return replace(dataset, val=None)
     for whole, its_share, divided in _latest:
         if whole is dataset and its_share == share:
             return divided

@@ -153,10 +153,11 @@ def conclude(root: Path, not_begun: int = 0) -> str:
         return f"{root}: no members" + (f", {not_begun} not begun" if not_begun else "")
     from fmexp.sweep import figure
 
-    rows, groups = table(root, members), replicates(root, members)
+    objective = objective_of(root)
+    rows, groups = table(root, members, objective=objective), replicates(root, members)
     picture, drawing = figure.render(root, members)
     try:
-        atomic.atomic_write(root / "sweep.csv", csv_text(table(root, members, digits=None)))
+        atomic.atomic_write(root / "sweep.csv", csv_text(table(root, members, None, objective)))
         if groups:
             atomic.atomic_write(root / "replicates.csv", csv_text(replicates(root, members, digits=None)))
         atomic.atomic_write(root / "sweep.png", picture)
@@ -174,7 +175,6 @@ def conclude(root: Path, not_begun: int = 0) -> str:
         for member in members
         if member.status == "failed"
     ]
-    objective = objective_of(root)
     by_test = [
         f"{objective} chose the best by the test split, so that it is too good there. Choose by objective=val/accuracy "
         "with train.validation=0.1."

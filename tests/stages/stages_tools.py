@@ -3,8 +3,10 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from google.protobuf import text_format
 from matplotlib.figure import Figure
@@ -19,12 +21,27 @@ from fmexp.datasets import Dataset, Split
 from fmexp.engine.evaluation import Evaluation
 from fmexp.models import LeNet
 from fmexp.run import Run
+from fmexp.stages import figures
 
 STAGES = sorted(path.stem for path in (conf_dir() / "stage").glob("*.yaml"))
 
 MOMENTS = [moment.name for moment in Moment]
 
 Bytes = NDArray[np.uint8]
+
+
+def catch(stage: ModuleType, patch: pytest.MonkeyPatch) -> tuple[list[Figure], list[Bytes], SimpleNamespace]:
+    """The figures that a stage is about to draw, their pictures, and the writer that it has to be given."""
+    drawn: list[Figure] = []
+    pictures: list[Bytes] = []
+
+    def add_figure(run: Run, tag: str, figure: Figure) -> None:
+        drawn.append(figure)
+        figures.add_figure(run, tag, figure)
+
+    patch.setattr(stage, "add_figure", add_figure)
+    writer = SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image.copy()))
+    return drawn, pictures, writer
 
 
 def only(*names: str) -> list[str]:

@@ -8,12 +8,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from stages_tools import Bytes, Seen, picture
+from stages_tools import Bytes, Seen, catch, picture
 from torch import Tensor
 
-import fmexp.stages.figures
 from fmexp.engine.evaluation import Evaluation
-from fmexp.run import Run
 from fmexp.stages import calibration
 
 Bars = dict[int, tuple[float, float]]  # number of a bin -> where its bar begins, and its height
@@ -21,15 +19,7 @@ Bars = dict[int, tuple[float, float]]  # number of a bin -> where its bar begins
 
 def diagram(evaluation: Evaluation, patch: pytest.MonkeyPatch) -> tuple[Figure, Bytes]:
     """The figure that `calibration` draws of an evaluation, and its picture."""
-    figures: list[Figure] = []
-    pictures: list[Bytes] = []
-
-    def add_figure(run: Run, tag: str, figure: Figure) -> None:
-        figures.append(figure)
-        fmexp.stages.figures.add_figure(run, tag, figure)
-
-    patch.setattr(calibration, "add_figure", add_figure)
-    writer = SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image.copy()))
+    figures, pictures, writer = catch(calibration, patch)
     calibration.calibration(SimpleNamespace(evaluation=evaluation, step=7, writer=writer, split_name="test"), tag="any")  # type: ignore[arg-type]
     return figures[0], pictures[0]
 

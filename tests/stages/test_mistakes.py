@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from stages_tools import Bytes, Drawn, Seen, picture
+from stages_tools import Bytes, Drawn, Seen, catch, picture
 from torch import Tensor
 
-import fmexp.stages.figures
 from fmexp.datasets import Dataset, Split
 from fmexp.engine.evaluation import Evaluation
-from fmexp.run import Run
 from fmexp.stages import mistakes
 
 NAMES = "cat", "dog", "owl"
@@ -37,15 +35,7 @@ def look(
     dataset: Dataset, evaluation: Evaluation, images: int, patch: pytest.MonkeyPatch, split: str = "test"
 ) -> tuple[Figure, list[Drawn], Bytes]:
     """The figure that `mistakes` draws of an evaluation, what stands in it, and its picture."""
-    figures: list[Figure] = []
-    pictures: list[Bytes] = []
-
-    def add_figure(run: Run, tag: str, figure: Figure) -> None:
-        figures.append(figure)
-        fmexp.stages.figures.add_figure(run, tag, figure)
-
-    patch.setattr(mistakes, "add_figure", add_figure)
-    writer = SimpleNamespace(add_image=lambda tag, image, step, dataformats: pictures.append(image.copy()))
+    figures, pictures, writer = catch(mistakes, patch)
     run = SimpleNamespace(
         dataset=dataset, evaluation=evaluation, step=7, writer=writer, split=split, split_name=f"{split} split's"
     )
