@@ -34,7 +34,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "reliability")]
 from program import default_signals  # noqa: E402
 from reliability_tools import SMALL, environment, left  # noqa: E402
 
-from fmexp.rundir import checkpoint, layout, results  # noqa: E402
+from fmexp.rundir import layout, results  # noqa: E402
 
 Sweep = subprocess.Popen[bytes]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -160,7 +160,7 @@ class Round:
         plan = sorted((draw.uniform(0, self.soak.span), number) for number in range(len(todo))) if disturbed else []
         origin = time.monotonic() if draw.random() < 0.3 else math.inf  # else from the first new checkpoint
         for state in self.watch(lambda: all(sweep.poll() is not None for sweep in sweeps)):
-            if origin == math.inf and any(name == checkpoint.LATEST for _, name, *_ in state - known):
+            if origin == math.inf and any(name == layout.CHECKPOINT for _, name, *_ in state - known):
                 origin = time.monotonic()
             while plan and time.monotonic() > origin + plan[0][0]:
                 todo[plan.pop(0)[1]](sweeps)
@@ -227,7 +227,7 @@ class Round:
 
     def damage(self) -> None:
         """Now and then harm a member's newest checkpoint where there is one before it, and remove temporary files."""
-        held = [path.parent for name in (checkpoint.PREVIOUS, ".*.part") for path in self.root.glob(f"*/{name}")]
+        held = [path.parent for name in (layout.PREVIOUS, ".*.part") for path in self.root.glob(f"*/{name}")]
         if not held or self.draw.random() < 0.3:
             return
         folder = self.draw.choice(sorted(set(held)))
@@ -235,14 +235,14 @@ class Round:
             for path in folder.glob(".*.part"):
                 path.unlink()
                 self.counts["temporary files removed"] += 1
-            if (folder / checkpoint.PREVIOUS).exists():
-                content = bytearray((folder / checkpoint.LATEST).read_bytes())
+            if (folder / layout.PREVIOUS).exists():
+                content = bytearray((folder / layout.CHECKPOINT).read_bytes())
                 place = self.draw.randrange(len(content))
                 if self.draw.random() < 0.5:
                     del content[place:]
                 else:
                     content[place] ^= 1 << self.draw.randrange(8)
-                (folder / checkpoint.LATEST).write_bytes(content)
+                (folder / layout.CHECKPOINT).write_bytes(content)
                 self.counts["checkpoints damaged"] += 1
 
     def check_complete(self) -> None:

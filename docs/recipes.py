@@ -2,8 +2,9 @@
 
     python docs/recipes.py [<folder of the runs>]
 
-Prints the accuracies. Runs that the folder holds already are not executed again. Fashion-MNIST is taken from FMEXP_DATA
-or downloaded. Needs the extra `browser`, and a Chromium on the PATH or at $CHROMIUM.
+Prints accuracy and loss on the test split, and the accuracies of the classes. Runs that the folder holds already are
+not executed again. Fashion-MNIST is taken from FMEXP_DATA or downloaded. Needs the extra `browser`, and a Chromium on
+the PATH or at $CHROMIUM.
 """
 
 import json
@@ -52,8 +53,12 @@ def execute() -> None:
     )  # whose weights another begins from
     for name, (_, commands) in groups().items():
         for more, words in commands.items():
-            members = sweep.start([*ADDED, *words], Path("runs", name, more))
-            print(name, more, *(member.objective for member in members), sep="  ", flush=True)
+            for member in sweep.start([*ADDED, *words], Path("runs", name, more)):
+                figures = member.metrics["test/accuracy"], member.metrics["test/loss"]
+                classes = [points[-1][1] for tag, points in member.scalars.items() if tag.startswith("within_class")]
+                print(
+                    name, more, member.name, *(f"{value:.4f}" for value in (*figures, *classes)), sep="  ", flush=True
+                )
 
 
 def draw(folder: Path) -> None:

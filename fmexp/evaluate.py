@@ -61,12 +61,14 @@ def evaluate(run_folder: str | Path, overrides: list[str]) -> tuple[Path, dict[s
         from fmexp import models
         from fmexp.build import build, build_dataset
         from fmexp.loading import as_evaluated
+        from fmexp.rundir import checkpoint
+    state = None if content.get("status") == "complete" else checkpoint.load(Path(run_folder).absolute())
     dataset = build_dataset(cfg)
     if mapping or any(key.partition(".")[0] == "dataset" for key in others):
-        dataset = _fitted(dataset, content.get("dataset"), mapping)
+        dataset = _fitted(dataset, (state or content).get("dataset"), mapping)
     with models.weights_come_later():
         run = build(cfg, resumed=True, dataset=dataset)
-    run.step = _load_weights(run, Path(run_folder).absolute(), content)
+    run.step = _load_weights(run, Path(run_folder).absolute(), content, state)
     run.evaluation_backend = as_evaluated(run.evaluation_backend, content.get("evaluation_backend"))
     named = {key.split(".")[1] for key in others if key.startswith("stage.")}
     run.stages = [stage for stage in run.stages if stage.when in ("epoch", "end") or stage.name in named]
@@ -138,7 +140,9 @@ def _fitted(dataset: "Dataset", facts: Any, mapping: Mapping[str, str]) -> "Data
     from fmexp import datasets
 
     if not isinstance(facts, dict):
-        raise FmexpError("result.json does not say what the run's images were: other data need a complete run.")
+        raise FmexpError(
+            "The run's folder does not say what its images were: neither result.json nor a checkpoint does."
+        )
     ours = datasets.blank(facts)
     if dataset.input_shape != ours.input_shape:
         theirs = "x".join(map(str, dataset.input_shape))
@@ -154,15 +158,14 @@ def _fitted(dataset: "Dataset", facts: Any, mapping: Mapping[str, str]) -> "Data
     return replace(dataset, classes=ours.classes, mean=ours.mean, std=ours.std, **splits)
 
 
-def _load_weights(run: "Run", folder: Path, content: Mapping[str, Any]) -> int:
-    """Give the run's model its weights; return how many batches they were trained on."""
+def _load_weights(run: "Run", folder: Path, content: Mapping[str, Any], state: Mapping[str, Any] | None) -> int:
+    """Give the run's model its weights, of a stopped run those of its checkpoint's state; return how many batches they
+    were trained on."""
     from fmexp.loading import load_weights
-    from fmexp.rundir import checkpoint
 
     if content.get("status") == "complete":
         load_weights(run.model, folder / layout.WEIGHTS)
         return int(content["steps"])
-    state = checkpoint.load(folder)
     if state is None:
         raise FmexpError(f"{folder} has no weights: it has not ended, and there is no checkpoint.")
     average = {name.removeprefix("module."): value for name, value in state["average"].items() if "." in name}

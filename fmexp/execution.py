@@ -20,9 +20,10 @@ from omegaconf import DictConfig, ListConfig
 import fmexp
 from fmexp import config, datasets, models, rng
 from fmexp.build import build, target
-from fmexp.errors import FmexpError, printable
+from fmexp.config.overrides import quote
+from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.process import Stop
-from fmexp.run import Run, total_steps
+from fmexp.run import Run, steps_per_epoch, total_steps
 from fmexp.rundir import atomic, checkpoint, hparams, layout, lineage, results, tensorboard
 from fmexp.rundir.atomic import disk_full
 from fmexp.trainer import DivergedError, Trainer
@@ -53,17 +54,19 @@ def execute(
     tree = config.resolved(cfg)
     output_dir = Path(output_dir).absolute()
     layout.check_identity(output_dir, tree, resume=cfg.resume)
-    if (objective := _finished(output_dir)) is not None:
+    if (objective := _finished(output_dir, tree)) is not None:
         return objective
     resumed = checkpoint.exists(output_dir)
     run = build(cfg, resumed=resumed)
     with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
-        if (objective := _finished(output_dir)) is not None:
+        if (objective := _finished(output_dir, tree)) is not None:
             return objective
         state = checkpoint.load(output_dir)
         if state:  # .hydra/, which check_identity reads, may have been removed
             layout.check_same(output_dir, state["config"], tree)
+            if config.is_longer(state["config"], tree):
+                _check_longer(run, output_dir, state)
         elif resumed:  # another process has removed its checkpoint
             run = build(cfg)
         try:
@@ -95,21 +98,25 @@ class _Execution:
 
     def __init__(self, run: Run, output_dir: Path, tree: dict[str, Any], stop: Stop, resume_command: str) -> None:
         self.run, self.output_dir, self.tree = run, output_dir, tree
-        about = {"config": tree, "config_digest": config.digest(tree), "versions": versions()}
-        self.trainer = Trainer(run, folder=output_dir, about=about, stop=stop, resume_command=resume_command)
+        self.about = {"config": tree, "config_digest": config.digest(tree), "versions": versions(),
+                      "dataset": run.dataset.facts}  # fmt: skip
+        self.trainer = Trainer(run, folder=output_dir, about=self.about, stop=stop, resume_command=resume_command)
 
     def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
         """Go on from a checkpoint's state, or begin; return the objective."""
         run = self.run
         begun = state or layout.holds_run(self.output_dir)
         atomic.remove_leftovers((self.output_dir / layout.CONFIG).parent)
-        text = layout.write_config(self.output_dir, self.tree, hydra_files)
+        yaml = layout.write_config(self.output_dir, self.tree, hydra_files)
+        text = f"{printable(run.dataset.description)}\n\n```yaml\n{yaml}```"  # a description names a folder
         origin = lineage.begin(self.output_dir, self.trainer.resume_command, resumed=state is not None)
         (self.output_dir / layout.RESULT).unlink(missing_ok=True)
         if begun:  # else the files here are not ours
             atomic.remove_leftovers(self.output_dir)
             tensorboard.rewind(self.output_dir, state["events"] if state else tensorboard.EMPTY)
         if state:
+            if config.is_longer(state["config"], self.tree):
+                self._lengthen(state, text)
             self.trainer.load_state_dict(state)
         run.output_dir = self.output_dir
         run.writer = tensorboard.open_writer(run.cfg.logging, self.output_dir, step=run.step if state else None)
@@ -118,8 +125,7 @@ class _Execution:
             with run.backend.applied():
                 if not state:
                     hparams.write_hparams(run.writer, self.output_dir, self.tree)
-                    about = printable(run.dataset.description)  # which names a folder
-                    run.writer.add_text("config", f"{about}\n\n```yaml\n{text}```", 0)
+                    run.writer.add_text("config", text, 0)
                     run.writer.add_text("lineage", lineage.text(origin), 0)
                     run.run_stages("start")
                 else:  # as the last thing before training, so that nothing draws from it in between
@@ -142,6 +148,22 @@ class _Execution:
         finally:
             run.workers.close()
 
+    def _lengthen(self, state: dict[str, Any], text: str) -> None:
+        """Make the folder, as its last checkpoint has it, that of the run with more epochs: TensorBoard has the first
+        value of HPARAMS and of a text, so that they are changed where they are."""
+
+        def change(value: Any) -> None:
+            hparams.set_epochs(value, epochs)
+            if value.tag == "config/text_summary":
+                value.tensor.string_val[0] = text.encode()
+
+        epochs = self.run.cfg.train.epochs
+        state |= self.about
+        state["events"] = tensorboard.rewrite(self.output_dir, state["events"], f".{epochs}", change)
+        checkpoint.save(self.output_dir, state)  # a kill before this begins again here, and after it goes on
+        tensorboard.rewind(self.output_dir, state["events"])
+        log.info("trained further, from epoch %d to %d", state["epoch"], epochs)
+
     def _finish(self, status: str) -> float:
         run = self.run
         run.seconds += time.monotonic() - self.trainer.started
@@ -159,7 +181,7 @@ class _Execution:
             with atomic.atomic_open(self.output_dir / "model.pt") as file:
                 torch.save(weights, file)
         objective = _write_result(run, self.output_dir, self.tree, status, lineage=origin)
-        checkpoint.discard(self.output_dir)
+        _discard_checkpoints(self.output_dir, status, self.tree)
         self._conclude(status)
         return objective
 
@@ -236,19 +258,60 @@ def _logdir(output_dir: Path) -> str:
     return next((shown(p) for p in output_dir.parents if p.name in ("runs", "multirun")), shown(output_dir))
 
 
-def _finished(output_dir: Path) -> float | None:
-    """The objective of a run that needs no more work, or None."""
+def _finished(output_dir: Path, tree: dict[str, Any]) -> float | None:
+    """The objective of a run that needs no more work, or None.
+
+    Raises:
+        ConfigError: it is to have more epochs, and has no checkpoint to go on from.
+    """
     result = layout.read_result(output_dir)
     if not result or result.get("status") not in ("complete", "diverged"):
         return None
     if results.status(output_dir) != result["status"]:
         log.warning("%s is damaged, and the run counts as not ended", output_dir / layout.RESULT)
         return None
+    if result["status"] == "complete" and result.get("config_digest") != config.digest(tree):  # it had fewer epochs
+        if checkpoint.exists(output_dir):
+            return None
+        raise ConfigError(
+            f"{output_dir} is complete after {result.get('epochs')} epochs, and has kept no checkpoint to go on from "
+            f"(train.keep_checkpoint=false). {_ways_out(output_dir)}"
+        )
     with suppress(OSError):  # a folder that may only be read
-        checkpoint.discard(output_dir)  # if the process was killed just before it did so itself
+        _discard_checkpoints(output_dir, result["status"], tree)  # if it was killed just before it did so itself
     log.info("%s is %s already; nothing is trained", shown(output_dir), result["status"])
     objective = result.get("objective")
     return math.nan if objective is None else float(objective)
+
+
+def _discard_checkpoints(output_dir: Path, status: str, tree: dict[str, Any]) -> None:
+    keep = status == "complete" and tree["train"]["keep_checkpoint"]
+    for path in layout.superfluous_checkpoints(output_dir, keep=keep):
+        path.unlink(missing_ok=True)
+
+
+def _check_longer(run: Run, output_dir: Path, state: dict[str, Any]) -> None:
+    """Raise ConfigError where a run of more epochs would have been another one up to the checkpoint, too."""
+    epochs, done = state["config"]["train"]["epochs"], state["step"]
+    before, now = (total_steps(run.cfg, run.dataset, epochs=count) for count in (epochs, None))
+    changed = f"{output_dir} cannot go on with train.epochs={run.cfg.train.epochs} in place of {epochs}, "
+    if state["position"] != done % steps_per_epoch(run.cfg, run.dataset):
+        raise ConfigError(
+            f"{changed}for train.max_steps={run.cfg.train.max_steps} has ended it within an epoch. "
+            f"{_ways_out(output_dir)}"
+        )
+    if any(run.schedule(step, before) != run.schedule(step, now) for step in range(done)):
+        raise ConfigError(
+            f"{changed}for the learning rate of schedule={target(run.cfg.schedule)} follows the length of the run. "
+            f"{_ways_out(output_dir)}"
+        )
+
+
+def _ways_out(output_dir: Path) -> str:
+    return (
+        f"Begin from its weights in a new folder, with weights={quote(str(output_dir))}, or train all epochs in a new "
+        "one, from the start."
+    )
 
 
 def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str, **more: Any) -> float:

@@ -125,17 +125,22 @@ class Run:
     def evaluate(self, split: str) -> Evaluation:
         """What the model, as it is now, says of a split (train, val, test): one pass, kept until the next batch."""
         if split not in self._evaluations:
-            how = self.evaluation_backend
-            with eval_mode(self.kept, rng.derive_seed(self.cfg.seed, "evaluation")), how.applied():
-                self._evaluations[split] = evaluate(
-                    self.kept,
-                    self.dataset,
-                    self.dataset.splits[split],
-                    device=self.device,
-                    workers=self.workers,
-                    memory_format=how.memory_format,
-                )
+            self._evaluations[split] = self.evaluate_images(split)
         return self._evaluations[split]
+
+    def evaluate_images(self, split: str, indices: Tensor | None = None) -> Evaluation:
+        """What the model, as it is now, says of a split, or of those of its images that `indices`, int64 [N], has."""
+        how = self.evaluation_backend
+        with eval_mode(self.kept, rng.derive_seed(self.cfg.seed, "evaluation")), how.applied():
+            return evaluate(
+                self.kept,
+                self.dataset,
+                self.dataset.splits[split],
+                indices,
+                device=self.device,
+                workers=self.workers,
+                memory_format=how.memory_format,
+            )
 
     @cached_property
     def workers(self) -> datasets.Workers:
@@ -269,7 +274,7 @@ def steps_per_epoch(cfg: DictConfig, dataset: datasets.Dataset) -> int:
     return math.ceil(datasets.length(dataset.train) / int(cfg.train.batch_size))
 
 
-def total_steps(cfg: DictConfig, dataset: datasets.Dataset) -> int:
-    """How many batches the run has, from train.epochs and train.max_steps."""
-    steps = int(cfg.train.epochs) * steps_per_epoch(cfg, dataset)
+def total_steps(cfg: DictConfig, dataset: datasets.Dataset, *, epochs: int | None = None) -> int:
+    """How many batches the run has, from train.epochs (or `epochs` in its place) and train.max_steps."""
+    steps = int(epochs or cfg.train.epochs) * steps_per_epoch(cfg, dataset)
     return min(steps, int(cfg.train.max_steps or steps))

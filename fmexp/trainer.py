@@ -143,7 +143,7 @@ class Trainer:
         run.step += 1
         run.position += 1
         run.forget_evaluations()
-        if run.step % self.log_every == 0 or run.step == self.total_steps:
+        if run.step % self.log_every == 0:  # at the end, too, `finish` logs the rest: a longer run has no point there
             self.log()
         if run.position == self.steps_per_epoch or run.step == self.total_steps:
             run.epoch, run.position = run.epoch + 1, 0
@@ -169,6 +169,7 @@ class Trainer:
         if run.losses:
             mean_loss(run.losses, run.step)  # a model that has diverged is not evaluated
         evaluation = self.evaluate()
+        run.scalar("train/accuracy", run.evaluate_images("train", self.recent_images()).accuracy)
         best = f"{run.split}/accuracy/best"  # for HPARAMS, which knows the last value alone
         run.scalar(best, max(evaluation.accuracy, run.metrics.get(best, 0.0)))
         if (objective := run.metrics.get(run.cfg.objective)) is not None:  # train.tag comes with train.log_every
@@ -179,6 +180,14 @@ class Trainer:
         log.info("epoch %d: %s accuracy %.4f, %s loss %.4f",
                  run.epoch, of, evaluation.accuracy, of, evaluation.loss)  # fmt: skip
         self.run_stages("epoch")
+
+    def recent_images(self) -> Tensor:
+        """Which images the last batches of an epoch that has ended were of: a fiftieth of the training split, which
+        costs little beside the epoch, but 100 at least. int64 [N], in the order of training."""
+        run, epoch = self.run, self.run.epoch - 1
+        count = datasets.length(run.dataset.train)
+        trained = (run.step - epoch * self.steps_per_epoch) * self.batch_size
+        return datasets.order(run.cfg.seed, epoch, count)[:trained][-max(100, count // 50) :]
 
     def evaluate(self) -> Evaluation:
         """Evaluate the split that is looked at now, and write its metrics."""

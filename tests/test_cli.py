@@ -75,7 +75,8 @@ def assert_complete(folder: Path) -> None:
         "overrides.yaml",
     }
     assert result(folder)["status"] == "complete"
-    assert not list(folder.glob("checkpoint*"))
+    keep = composed(folder).train.keep_checkpoint
+    assert [path.name for path in folder.glob("checkpoint*")] == ["checkpoint.pt"] * keep
 
 
 def members(sweep: Path) -> list[Path]:
@@ -272,7 +273,9 @@ def test_runs_started_at_once_have_folders_of_their_own(side_by_side: SideBySide
 def test_folder_of_a_run(side_by_side: SideBySide) -> None:
     folder = side_by_side.piped_folder
     others = {".lock", "projector_config.pbtxt", "00000"}
-    assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} <= COMPLETE | others
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} <= COMPLETE | others | {
+        "checkpoint.pt"
+    }
     assert composed(folder) == OmegaConf.create(resolved(compose([*SMALL, "seed=1"])))
     assert OmegaConf.load(folder / ".hydra" / "overrides.yaml") == [*SMALL, "seed=1"]
     assert OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.output_dir == str(folder)
@@ -334,10 +337,10 @@ def test_data_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("FMEXP_DATA", str(tmp_path / "my data"))
     done = call("logging=light", "device=cpu", "dataset.download=false", cwd=tmp_path)
     assert done.status == 0, done.err
-    assert "24 training + 12 test images of 1x28x28, 10 classes" in done.out
+    assert "14 training + 10 validation + 12 test images of 1x28x28, 10 classes" in done.out
     (folder,) = (path.parent for path in tmp_path.glob("runs/*/*/result.json"))
     assert composed(folder).dataset.root == str(tmp_path / "my data")
-    assert result(folder)["steps"] == 6
+    assert result(folder)["steps"] == 4
     assert compose(["dataset.root=elsewhere"]).dataset.root == "elsewhere"
 
 

@@ -302,6 +302,9 @@ def test_commands_that_print_a_table(
             assert table == "0 of 3 runs failed: nothing was deleted\n"
         elif "--where" in command.words:
             assert "1 runs in" in table
+        elif command.words == ("runs",):
+            assert "1 members: 1 complete" in table
+            assert shown == {"first"}
         elif len(command.words) == 1:
             assert "2 members: 2 complete" in table
             assert shown == accuracy.keys() - {"first"}

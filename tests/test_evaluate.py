@@ -76,6 +76,9 @@ def test_a_stopped_run_is_evaluated_with_what_it_would_keep(run: Path, tmp_path:
     events = read_events(tmp_path / "stopped")
     assert metrics["val/loss"] == pytest.approx(min(value for _, value in scalars(events, "val/loss")), abs=1e-6)
     assert files(tmp_path / "stopped") == before
+    # Its checkpoint says how other images are made the model's input, for there is no result.json yet.
+    assert evaluate(tmp_path / "stopped", ["dataset.seed=0"])[1] == evaluate(tmp_path / "stopped", [])[1]
+    assert evaluate(tmp_path / "stopped", ["dataset.seed=1"])[1] != evaluate(tmp_path / "stopped", [])[1]
 
 
 def test_other_data_with_classes_in_another_order(run: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_it_is_stored_with_its_outputs() -> None:
     assert executed == list(range(1, len(stored)))
     assert {output.output_type for cell in stored.values() for output in cell.outputs} <= {
         "stream", "display_data", "execute_result"}  # fmt: skip
-    assert "complete after 750 batches" in stored["read"].outputs[0].text
+    assert "complete after 676 batches" in stored["read"].outputs[0].text
     assert re.search(r"^optimizer\.lr ", stored["sweep"].outputs[-1].text, re.MULTILINE)
     shown = {name: len(pictures(cell.outputs)) for name, cell in stored.items()}
     assert {name: count for name, count in shown.items() if count} == {
@@ -108,11 +108,11 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executed]:
 
 def test_it_shows_the_run(executed: Executed) -> None:
     run = read(executed.root / "run")
-    assert (run.status, run.steps) == ("complete", 16)
+    assert (run.status, run.steps) == ("complete", 14)
     assert "epochs: 2" in executed.text("compose")
     assert f"{run.objective:.4f}" in executed.text("execute")
     assert executed.text("execute").endswith(str(run.objective))
-    assert executed.text("read").startswith("complete after 16 batches, test/accuracy ")
+    assert executed.text("read").startswith("complete after 14 batches, val/accuracy ")
     assert str(run.metrics["test/loss"]) in executed.text("read")
 
 
@@ -131,7 +131,7 @@ def test_it_shows_the_sweep(executed: Executed) -> None:
     assert [member.status for member in members] == ["complete"] * 3
     rows = executed.text("sweep").splitlines()[-4:]
     assert {row.split()[0] for row in rows[1:]} == {"0.003", "0.01", "0.03"}
-    best = sweep.ranked(members, "test/accuracy")[0]
+    best = sweep.ranked(members, "val/accuracy")[0]
     assert rows[1].endswith(best.folder.name)
     assert f"{best.objective:.4f}" in rows[1]
 

@@ -21,7 +21,8 @@ from fmexp import compose, execute
 from fmexp.models import LeNet
 from fmexp.trainer import Trainer
 
-SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu")
+SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu",
+         "train.validation=0", "objective=test/accuracy")  # fmt: skip
 
 
 def small(*overrides: str) -> DictConfig:

@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from fmexp import compose, execute
+from fmexp import compose, execute, read
 
 HERE = Path(__file__).resolve().parent
 
@@ -11,7 +11,9 @@ HERE = Path(__file__).resolve().parent
 def train(seed: int) -> float:
     """Train in runs/seed_<seed> and return the test accuracy; what has been trained there is not trained again."""
     cfg = compose(["experiment=stripes", f"seed={seed}"], config_dir=HERE / "conf")
-    return execute(cfg, HERE / "runs" / f"seed_{seed}")
+    folder = HERE / "runs" / f"seed_{seed}"
+    execute(cfg, folder)
+    return read(folder).metrics["test/accuracy"]
 
 
 if __name__ == "__main__":

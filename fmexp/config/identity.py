@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 # The device is not in the digest either: a resume on another one goes on with a warning, for the bits may differ.
 NOT_IN_DIGEST = (
     "resume", "tags", "note", "weights_strict", "device", "train.num_workers", "train.checkpoint_every",
+    "train.keep_checkpoint",
     "logging.max_queue", "logging.flush_secs",
     "dataset.root", "dataset.download", "dataset.mirrors", "dataset.cache", "dataset.cache_dir",
     "sweep.fail_fast", "sweep.dry_run",
@@ -70,6 +71,14 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def is_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether `new` is the run of `old` with more train.epochs, and differs in nothing else."""
+    before, after = identity(old), identity(new)
+    epochs, more = before.pop("train.epochs", None), after.pop("train.epochs", None)
+    longer = isinstance(epochs, int) and isinstance(more, int) and epochs < more
+    return longer and json.dumps(before) == json.dumps(after)
+
+
 def _text(items: dict[str, Any], key: str) -> str | None:
     """What the digest sees of a value: 1 is not true there, and NaN is NaN."""
     return json.dumps(items[key], sort_keys=True) if key in items else None
@@ -81,9 +90,7 @@ def hparams(tree: dict[str, Any]) -> dict[str, bool | float | str]:
     for key, value in identity(tree).items():
         if key.startswith("backend.") and value == "auto":
             continue  # only what was chosen deserves a column
-        unset = (
-            value is None or (value == [] and not key.startswith("model.")) or (key, value) == ("train.validation", 0)
-        )
+        unset = value is None or (value == [] and not key.startswith("model."))
         if key.startswith(_HPARAMS) and not key.endswith("_target_") and not unset:
             values[key] = value if isinstance(value, bool | int | float | str) else str(value)
     return values

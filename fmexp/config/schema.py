@@ -43,7 +43,7 @@ class Train:
     log_every: int = limited(1000, least=1)
     max_steps: int | None = limited(None, least=1)
     num_workers: Any = limited("auto", word="auto", least=0)
-    validation: float = limited(0.0, least=0.0, below=1.0)
+    validation: float = limited(0.1, least=0.0, below=1.0)
     keep: str = limited("best", one_of=("best", "last"))
     patience: int | None = limited(None, least=1)
     min_delta: float = limited(0.0, least=0.0)
@@ -53,6 +53,7 @@ class Train:
     ema: float | None = limited(None, above=0.0, below=1.0)
     compile: Any = limited("auto", one_of=("auto", True, False))
     checkpoint_every: int | None = limited(None, least=1)
+    keep_checkpoint: bool = True
     freeze: list[str] = listed()
     tag: str = "train/loss"
 
@@ -73,7 +74,7 @@ class Sweep:
 class Config:
     seed: int = limited(0, least=0, below=2**63)
     device: str = "auto"
-    objective: str = "test/accuracy"
+    objective: str = "val/accuracy"
     resume: bool = True
     tags: list[str] = listed(longest=100)
     note: str | None = limited(None, longest=10_000)

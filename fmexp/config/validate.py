@@ -183,11 +183,11 @@ def _check_own_keys(dataset: DictConfig) -> None:
 
 def _check_tags(cfg: DictConfig) -> None:
     train, splits = cfg.train, ("test", "val") if cfg.train.validation else ("test",)
-    written = [f"{split}/{name}" for split in splits for name in MORE_IS_BETTER]
+    written = [*(f"{split}/{name}" for split in splits for name in MORE_IS_BETTER), "train/accuracy"]
     if not train.validation and str(cfg.objective).startswith("val/"):
         raise ConfigError(
             f"objective={cfg.objective} is of the validation split, and train.validation={train.validation:g} holds "
-            "none out. Take a share, such as train.validation=0.1."
+            f"none out. Take a share, such as train.validation=0.1, or objective=test/{cfg.objective[len('val/') :]}."
         )
     if train.patience is not None and str(cfg.objective).startswith("test/"):
         raise ConfigError(

@@ -73,17 +73,20 @@ def evaluate(
     model: nn.Module,
     dataset: Dataset,
     split: Split | MapStyle,
+    indices: Tensor | None = None,
     *,
     device: torch.device,
     workers: Workers | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Evaluation:
-    """Run the model (in the mode it is in) over a split of the dataset; the loss is the mean cross-entropy."""
-    count = length(split)
+    """Run the model (in the mode it is in) over a split of the dataset, or over its images at `indices`, int64 [N]; the
+    loss is the mean cross-entropy."""
+    indices = torch.arange(length(split)) if indices is None else indices
+    count = len(indices)
     probabilities, labels = torch.empty(count, len(dataset.classes)), torch.empty(count, dtype=torch.int64)
     losses = torch.empty(count, dtype=torch.float64)
     seen = 0
-    for images, targets in batches(dataset, split, torch.arange(count), BATCH, device=device, workers=workers):
+    for images, targets in batches(dataset, split, indices, BATCH, device=device, workers=workers):
         logits, targets = compute_logits(model, images, memory_format), targets.cpu()
         part = slice(seen, seen := seen + len(targets))
         probabilities[part], labels[part] = F.softmax(logits, 1), targets

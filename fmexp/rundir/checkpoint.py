@@ -15,10 +15,10 @@ import torch
 
 from fmexp.errors import FmexpError
 from fmexp.rundir import atomic
+from fmexp.rundir.layout import CHECKPOINT, DAMAGED, PREVIOUS
 
 log = logging.getLogger(__name__)
 
-LATEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 _DIGITS = 64
 
 
@@ -44,13 +44,13 @@ def save(folder: Path, state: dict[str, Any], *, read_back: bool = False) -> Non
             f"The state of this run cannot be kept in a checkpoint: {error}\nA model's or optimizer's state_dict may "
             "hold tensors, numbers, strings, lists and dicts; other classes need torch.serialization.add_safe_globals."
         ) from error
-    with atomic.atomic_open(folder / LATEST, keep=folder / PREVIOUS) as file:
+    with atomic.atomic_open(folder / CHECKPOINT, keep=folder / PREVIOUS) as file:
         file.write(sealed)
 
 
 def exists(folder: Path) -> bool:
     """Whether there is a checkpoint, to be read or not."""
-    return any((folder / name).exists() for name in (LATEST, PREVIOUS))
+    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
 
 
 def can_keep(part: Any) -> bool:
@@ -71,7 +71,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         CheckpointError: there are checkpoints, and none can be read.
     """
     problems = []
-    for path in (folder / LATEST, folder / PREVIOUS):
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
         try:
             state = _unsealed(path.read_bytes())
         except FileNotFoundError:
@@ -80,7 +80,7 @@ def load(folder: Path) -> dict[str, Any] | None:
             problems.append(f"{path}: {error}")
             continue
         for problem in problems:
-            os.replace(folder / LATEST, folder / DAMAGED)
+            os.replace(folder / CHECKPOINT, folder / DAMAGED)
             log.warning("a checkpoint cannot be read (%s); going on from the one before it, %s", problem, path.name)
         return state
     if problems:
@@ -89,12 +89,6 @@ def load(folder: Path) -> dict[str, Any] | None:
             f"Nothing was deleted. To start over, move {folder} away or name another folder."
         )
     return None
-
-
-def discard(folder: Path) -> None:
-    """Remove the checkpoints of a run that is complete."""
-    for name in (DAMAGED, PREVIOUS, LATEST):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _sealed(state: dict[str, Any]) -> bytes:

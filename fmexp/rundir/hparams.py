@@ -22,6 +22,14 @@ def write_hparams(writer: SummaryWriter, output_dir: Path, tree: dict[str, Any])
     add_summary(writer, hp.hparams_pb(hparams(tree), trial_id=trial, start_time_secs=time.time()))
 
 
+def set_epochs(value: Any, epochs: int) -> None:
+    """Change train.epochs where a value (tensorboard's Summary.Value) is the beginning of a run's row in HPARAMS."""
+    if value.tag == metadata.SESSION_START_INFO_TAG:
+        begun = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        begun.session_start_info.hparams["train.epochs"].number_value = epochs
+        value.metadata.plugin_data.content = begun.SerializeToString(deterministic=True)
+
+
 def write_status(writer: SummaryWriter, complete: bool) -> None:
     """End the run's row in HPARAMS. The first status of a file wins, so this is written once, at the end."""
     status = Status.STATUS_SUCCESS if complete else Status.STATUS_FAILURE

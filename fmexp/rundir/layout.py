@@ -20,9 +20,9 @@ RESULT, CONFIG, WEIGHTS = "result.json", ".hydra/config.yaml", "model.pt"
 LINEAGE, PATCH = ".hydra/lineage.json", ".hydra/uncommitted.patch"
 LOCK, OWNER = ".lock", ".lock.owner"
 TRACE = "trace.json.gz"
-# The last two are checkpoint.py's, which imports torch.
+CHECKPOINT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"  # of checkpoint.py
 FILES = (
-    RESULT, CONFIG, LINEAGE, PATCH, LOCK, OWNER, TRACE, "fmexp.log", WEIGHTS, "checkpoint.pt", "checkpoint.previous.pt",
+    RESULT, CONFIG, LINEAGE, PATCH, LOCK, OWNER, TRACE, "fmexp.log", WEIGHTS, CHECKPOINT, PREVIOUS,
 )  # fmt: skip
 
 
@@ -99,13 +99,25 @@ def check_identity(folder: Path, tree: dict[str, Any], *, resume: bool) -> None:
 
 
 def check_same(folder: Path, held: dict[Any, Any], tree: dict[str, Any]) -> None:
-    """Raise ConfigError where two resolved configurations, the folder's and another, are not of the same run."""
-    if different := config.difference(held, tree):
+    """Raise ConfigError where two resolved configurations, the folder's and another, are not of the same run, nor of
+    that run with more epochs."""
+    different = config.difference(held, tree)
+    if different and not config.is_longer(held, tree):
         raise ConfigError(
             f"{folder} holds a run of another configuration, which differs in\n  "
             + "\n  ".join(different)
             + "\nName another folder, or use the old values to go on with that run."
         )
+
+
+def superfluous_checkpoints(folder: Path, *, keep: bool) -> list[Path]:
+    """The checkpoints in the folder of a run that has ended which are not wanted any more.
+
+    Args:
+        keep: whether the last one is to stay, so that more epochs can go on from it.
+    """
+    names = (DAMAGED, PREVIOUS) if keep else (DAMAGED, PREVIOUS, CHECKPOINT)
+    return [folder / name for name in names if (folder / name).exists()]
 
 
 def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictConfig | ListConfig]) -> str:

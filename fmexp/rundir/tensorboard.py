@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +18,12 @@ from typing import Any
 
 from google.protobuf import text_format
 from omegaconf import DictConfig
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
 from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from fmexp.config.hydra_versions import instantiate
@@ -99,6 +102,26 @@ def rewind(output_dir: Path, state: dict[str, Any]) -> None:
                 shutil.rmtree(folder)
         if not any(step.iterdir()):
             step.rmdir()
+
+
+def rewrite(output_dir: Path, state: dict[str, Any], suffix: str, change: Callable[[Any], None]) -> dict[str, Any]:
+    """Copy the event files of `state` into others, whose names end with `suffix`, calling `change` with each value.
+
+    Returns:
+        the state that has the copies in place of the files: `rewind` to it removes these.
+    """
+    sizes = {}
+    for name in state["files"]:
+        copy = output_dir / f"{name}{suffix}"
+        with atomic.atomic_open(copy) as file:
+            records = RecordWriter(file)
+            for record in RawEventFileLoader(str(output_dir / name)).Load():
+                event = Event.FromString(record)
+                for value in event.summary.value:
+                    change(value)
+                records.write(event.SerializeToString())
+            sizes[copy.name] = file.tell()
+    return {**state, "files": sizes}
 
 
 @contextmanager

@@ -136,11 +136,7 @@ class Launcher(HydraLauncher):
             known = next((path for path in found.get(digest, ()) if path not in taken), None)
             path = known or free_folder(root, number, overrides, varied, taken, digest)
             taken.add(path)
-            begun = layout.holds_run(path)
-            finished = begun and results.status(path) in ("complete", "diverged")
-            if finished and next(path.glob("checkpoint*.pt"), None):
-                finished = False  # its process was killed before it had removed them: execute does
-            action = "skip" if finished else "resume" if begun else "train"
+            action = _action(path, tree)
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
                 cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(root), path.name
@@ -172,6 +168,18 @@ def _plan_table(members: list[Job]) -> str:
         values, name = split(member.overrides), printable(member.folder.name)
         rows.append([str(member.number), *(values.get(key, "") for key in varied), member.action, name])
     return f"{aligned(rows)}\n\n{len(members)} members: {_counts(members)}. Nothing was written."
+
+
+def _action(path: Path, tree: dict[str, Any]) -> str:
+    """What is to be done for the member of a folder."""
+    if not layout.holds_run(path):
+        return "train"
+    status = results.status(path)
+    if status not in ("complete", "diverged"):
+        return "resume"
+    # A process that was killed just before it had removed these: execute does.
+    keep = status == "complete" and tree["train"]["keep_checkpoint"]
+    return "resume" if layout.superfluous_checkpoints(path, keep=keep) else "skip"
 
 
 def _outcome(job: Job) -> JobReturn:

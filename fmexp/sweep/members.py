@@ -110,7 +110,7 @@ def objective_of(root: Path) -> str:
     for path in member_folders(root):
         with suppress(Exception):  # whatever a damaged file makes a YAML reader raise
             return str(layout.read_config(path)["objective"])
-    return "test/accuracy"
+    return "val/accuracy"
 
 
 def ranked(members: Sequence[M], objective: str) -> list[M]:

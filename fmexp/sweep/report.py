@@ -36,7 +36,7 @@ SHOWN = 100  # how many members the console's table has at most
 SHOWN_NOTE = 40  # letters of a note in the console's table
 SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
 # What remains longest in a narrow terminal, after the objective; other metrics go first.
-FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2, "test/accuracy/best": 3}
+FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2}
 STATUSES = ("complete", "diverged", "failed", "running", "interrupted", "not begun")
 SUFFIX = ".sweep"  # of the event files that a sweep writes itself
 WRITTEN = ("sweep.csv", "replicates.csv", "sweep.png", "sweep.svg")
@@ -59,8 +59,8 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
     first = next(iter(trees.values()))
     tags = (
         first["objective"],
+        f"{'val' if first['train']['validation'] else 'test'}/accuracy/best",
         "test/accuracy",
-        "test/accuracy/best",
         "test/loss",
         first["train"]["tag"],
         "wall_seconds",

@@ -52,10 +52,10 @@ def test_time_series_opens_on_curves(page: Page, singles: TensorBoard) -> None:
     browser.open_tab(page, singles.url, "timeseries")
     page.locator("line-chart").first.wait_for()
     groups = page.locator("metrics-card-group-toolbar .group-title").all_inner_texts()
-    assert groups == ["test", "train", "view", "wall_seconds", "within_class_accuracy"]
+    assert groups == ["test", "train", "val", "view", "wall_seconds", "within_class_accuracy"]
     opened = page.locator("card-view").all_inner_texts()  # of the first two groups; TensorBoard opens no more
     names = ["".join(text.partition("Alt")[0].split()) for text in opened]  # as in "Alt + Scroll to Zoom"
-    assert names == ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "train/lr"]
+    assert names == ["test/accuracy", "test/loss", "train/accuracy", "train/loss", "train/lr"]
 
 
 def test_learning_comes_after_the_curves_a_group_for_each_figure(page: Page, learnt: TensorBoard) -> None:
@@ -63,7 +63,7 @@ def test_learning_comes_after_the_curves_a_group_for_each_figure(page: Page, lea
     page.locator("line-chart").first.wait_for()
     groups = page.locator("metrics-card-group-toolbar .group-title").all_inner_texts()
     figures = ("grad_histogram", "grad_norm", "histogram", "norm", "update_ratio")
-    assert groups == ["test", "train", "wall_seconds", *(f"weights_{figure}" for figure in figures),
+    assert groups == ["test", "train", "val", "wall_seconds", *(f"weights_{figure}" for figure in figures),
                       "within_class_accuracy"]  # fmt: skip
     for figure in ("grad_norm", "norm", "update_ratio"):
         browser.open_tab(page, learnt.url, "timeseries", tags=f"^weights_{figure}/(conv1|fc3)$")
@@ -93,7 +93,7 @@ def test_hparams_of_single_runs_shows_no_classes_at_first(page: Page, singles: T
     browser.open_tab(page, singles.url, "hparams")
     table = page.locator("tf-hparams-table-view")
     places = []
-    for name in ("test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "train/lr"):
+    for name in ("test/accuracy", "test/loss", "train/accuracy", "train/loss", "train/lr"):
         column = table.get_by_text(name, exact=True).first
         column.wait_for(state="attached")
         places.append(column.evaluate("element => element.getBoundingClientRect().x"))

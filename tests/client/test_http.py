@@ -99,7 +99,7 @@ def test_hparams_has_a_row_a_member(server: TensorBoard, members: list[sweep.Mem
         columns
     )
     assert columns[:2] == ["optimizer", "optimizer.lr"]  # what varies comes first
-    metrics = ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "wall_seconds"]
+    metrics = ["val/accuracy", "val/accuracy/best", "test/accuracy", "test/loss", "train/loss", "wall_seconds"]
     assert metrics == [info["name"]["tag"] for info in experiment["metricInfos"]]
     rows = server.json(
         "plugin/hparams/session_groups",
@@ -118,7 +118,7 @@ def test_hparams_has_a_row_a_member(server: TensorBoard, members: list[sweep.Mem
         assert row["hparams"]["optimizer.lr"] == float(member.overrides["optimizer.lr"])
         assert row["hparams"]["optimizer"] == {"sgd": "SGD", "adam": "Adam"}[member.overrides["optimizer"]]
         values = {value["name"]["tag"]: value["value"] for value in row["metricValues"]}
-        assert values["test/accuracy"] == pytest.approx(member.objective)
+        assert values["val/accuracy"] == pytest.approx(member.objective)
         assert set(values) == set(metrics)
 
 
@@ -127,5 +127,6 @@ def test_hparams_of_single_runs_has_the_accuracy_first_and_the_classes_last(
 ) -> None:
     metrics = [info["name"]["tag"] for info in singles.json("plugin/hparams/experiment", {})["metricInfos"]]
     of_classes = sorted(f"within_class_accuracy/{name}" for name in tutorial_data.classes)
-    written = ["test/accuracy", "test/accuracy/best", "test/loss", "train/loss", "train/lr", "wall_seconds"]
+    written = ["test/accuracy", "test/loss", "train/accuracy", "train/loss", "train/lr", "val/accuracy",
+               "val/accuracy/best", "val/loss", "wall_seconds"]  # fmt: skip
     assert metrics == [*written, *of_classes]

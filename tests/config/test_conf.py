@@ -333,7 +333,7 @@ def test_light_logging_leaves_scalars_alone(tmp_path: Path) -> None:
 def test_the_comment_is_part_of_a_runs_folder(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "fmexp", "dataset=synthetic", "dataset.train_size=8", "dataset.test_size=8",
-        "device=cpu", "logging=light", "logging.comment=_a-note",
+        "train.validation=0", "objective=test/accuracy", "device=cpu", "logging=light", "logging.comment=_a-note",
     ]  # fmt: skip
     path = os.pathsep.join([str(Path(fmexp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)

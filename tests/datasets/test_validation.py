@@ -118,4 +118,4 @@ def test_pictures_of_a_folder_val(tmp_path: Path) -> None:
         assert numbers(made, "val") == ([0, 1, 2, 100, 101, 102], [0, 0, 0, 1, 1, 1])
         assert datasets.length(made.train) == 12
         assert numbers(made, "test")[0] == [0, 1, 100, 101]
-        assert build(compose(common)).dataset.val is None
+        assert build(compose([*common, "train.validation=0", "objective=test/accuracy"])).dataset.val is None

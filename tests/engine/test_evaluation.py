@@ -171,7 +171,8 @@ def test_one_pass_serves_the_epoch_and_all_stages_at_the_end(enabled: tuple[str,
     ends = [f"stage.{name}.enabled={str(name in enabled).lower()}" for name in END]
     sizes = ["dataset.train_size=12", f"dataset.test_size={BATCH + 40}", "train.epochs=2"]
     execute(small("model._target_=test_evaluation.Counting", *sizes, *others, *ends), tmp_path)
-    assert [size for size in Counting.looked_at if size > 4] == [BATCH, 40] * 2  # once an epoch, and no more
+    # Once an epoch, and no more, and the training images.
+    assert [size for size in Counting.looked_at if size > 4] == [BATCH, 40, 12] * 2
     assert sum(size for size in Counting.looked_at if size <= 4) <= 8  # the look at the model's shapes
 
 

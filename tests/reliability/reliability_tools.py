@@ -31,7 +31,8 @@ DEADLINE_S = 120
 
 # 16 batches an epoch, and a checkpoint at 3, 6, 9, 12, 15, 16 and so on: kills land between them.
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "dataset.image_size=16", "device=cpu",
-         "train.epochs=2", "train.log_every=4", "train.checkpoint_every=3")  # fmt: skip
+         "train.epochs=2", "train.log_every=4", "train.checkpoint_every=3", "train.keep_checkpoint=false",
+         "train.validation=0", "objective=test/accuracy")  # fmt: skip
 STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", "per_class_accuracy",
           "confusion_matrix")  # fmt: skip
 NO_STAGES = (*SMALL, *(f"stage.{stage}.enabled=false" for stage in STAGES))

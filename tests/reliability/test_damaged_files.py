@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from reliability_tools import BARE, RICH, Driver, all_events, assert_same, listing
 
 from fmexp.rundir import bounded, checkpoint, tensorboard
-from fmexp.rundir.checkpoint import DAMAGED, LATEST, PREVIOUS, CheckpointError
+from fmexp.rundir.checkpoint import CheckpointError
+from fmexp.rundir.layout import CHECKPOINT, DAMAGED, PREVIOUS
 
 KILLED = [{"steps": 8, "match": "batch trained", "do": "KILL"}]  # checkpoints of the steps 6 and 3
 
@@ -54,12 +55,12 @@ def test_the_one_before_it(
     driver: Driver, truth: Callable[..., Path], killed: Callable[[Path], Path], tmp_path: Path, how: str
 ) -> None:
     folder = killed(tmp_path)
-    harm(folder / LATEST, how)
+    harm(folder / CHECKPOINT, how)
     ended = driver.run(*BARE, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.output
     warnings = [line for line in ended.output.splitlines() if "cannot be read" in line]
     assert len(warnings) == 1
-    assert str(folder / LATEST) in warnings[0]
+    assert str(folder / CHECKPOINT) in warnings[0]
     assert PREVIOUS in warnings[0]
     assert "going on from the checkpoint at step 3" in ended.output
     assert_same(folder, truth(*BARE))
@@ -70,8 +71,8 @@ def test_the_good_one_outlives_the_next(
 ) -> None:
     """The first checkpoint after a damaged one must not put that in the good one's place before it stands itself."""
     folder = killed(tmp_path)
-    harm(folder / LATEST, "one bit is wrong")
-    damaged = (folder / LATEST).read_bytes()
+    harm(folder / CHECKPOINT, "one bit is wrong")
+    damaged = (folder / CHECKPOINT).read_bytes()
     plan = [{"match": r"rename .checkpoint.pt.part$", "do": "KILL"}]
     assert driver.run(*BARE, f"hydra.run.dir={folder}", plan=plan).code == -9
     assert (folder / DAMAGED).read_bytes() == damaged
@@ -85,14 +86,14 @@ def test_the_good_one_outlives_the_next(
 @pytest.mark.parametrize("how", HARM)
 def test_neither(driver: Driver, killed: Callable[[Path], Path], tmp_path: Path, how: str) -> None:
     folder = killed(tmp_path)
-    for name in (LATEST, PREVIOUS):
+    for name in (CHECKPOINT, PREVIOUS):
         harm(folder / name, how)
     before = listing(folder, ".lock.owner")
     for cli in (False, True):
         ended = driver.run(*BARE, f"hydra.run.dir={folder}", cli=cli)
         assert ended.code == 1
         assert "no checkpoint of this run can be read" in ended.output
-        assert str(folder / LATEST) in ended.output
+        assert str(folder / CHECKPOINT) in ended.output
         assert str(folder / PREVIOUS) in ended.output
         assert f"Nothing was deleted. To start over, move {folder} away or name another folder." in ended.output
         assert "Traceback" not in ended.output
@@ -216,21 +217,21 @@ def test_fuzzed_checkpoints(
     """Whatever became of the two files: the exact state of one of them, or the stated error."""
     good = originals(killed, tmp_path_factory)
     folder = tmp_path_factory.mktemp("fuzz")
-    for name in (LATEST, PREVIOUS):
+    for name in (CHECKPOINT, PREVIOUS):
         content = good[name]
         if data.draw(st.booleans(), label=f"harm {name}"):
             content = data.draw(harmed(content))
         (folder / name).write_bytes(content)
-    written = {name: (folder / name).read_bytes() for name in (LATEST, PREVIOUS)}
+    written = {name: (folder / name).read_bytes() for name in (CHECKPOINT, PREVIOUS)}
     try:
         state = checkpoint.load(folder)
     except CheckpointError:
         assert all(written[name] != good[name] for name in written)
         assert {name: (folder / name).read_bytes() for name in written} == written
     else:
-        states = [states_of[name] for name in (LATEST, PREVIOUS)]
+        states = [states_of[name] for name in (CHECKPOINT, PREVIOUS)]
         assert any(equal(state, one) for one in states)
-        if written[LATEST] == good[LATEST]:
+        if written[CHECKPOINT] == good[CHECKPOINT]:
             assert equal(state, states[0])
     finally:
         shutil.rmtree(folder)
@@ -243,10 +244,10 @@ states_of: dict[str, Any] = {}
 def originals(killed: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     if not contents:
         folder = killed(tmp_path_factory.mktemp("originals"))
-        for name in (LATEST, PREVIOUS):
+        for name in (CHECKPOINT, PREVIOUS):
             contents[name] = (folder / name).read_bytes()
             states_of[name] = checkpoint._unsealed(contents[name])
-        assert not equal(states_of[LATEST], states_of[PREVIOUS])
+        assert not equal(states_of[CHECKPOINT], states_of[PREVIOUS])
     return contents
 
 
@@ -282,7 +283,7 @@ def test_fuzzed_runs(
 ) -> None:
     """The same with whole runs: one of the stated errors, or the same end as without any harm."""
     folder = killed(tmp_path_factory.mktemp("fuzz"))
-    for name in (LATEST, PREVIOUS):
+    for name in (CHECKPOINT, PREVIOUS):
         if data.draw(st.booleans(), label=f"harm {name}"):
             (folder / name).write_bytes(data.draw(harmed((folder / name).read_bytes())))
     (path,) = bounded.event_files(folder)

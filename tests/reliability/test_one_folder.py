@@ -125,6 +125,7 @@ FREE = {
     "device": "auto",
     "train.num_workers": "1",
     "train.checkpoint_every": "5",
+    "train.keep_checkpoint": None,  # whether a file stays: test_train_further.py
     "logging.max_queue": "1",
     "logging.flush_secs": "1",
     # Where the same files come from; each is checked against its checksum.

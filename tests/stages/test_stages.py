@@ -38,9 +38,9 @@ def test_tensorboard_which_sorts_by_name_shows_curves_before_pictures_and_single
     assert groups == ["test", "train", "view", "wall_seconds", "within_class_accuracy"]
     assert groups[1] < "val" < groups[2], "a validation's curves belong to the others"
     assert names[:3] == ["test/accuracy", "test/accuracy/best", "test/loss"]
-    assert names[3:5] == ["train/loss", "train/lr"]
+    assert names[3:6] == ["train/accuracy", "train/loss", "train/lr"]
     views = ["calibration", "confusion_matrix", "images", "mistakes", "predictions"]
-    assert names[5:10] == [f"view/{name}" for name in views]
+    assert names[6:11] == [f"view/{name}" for name in views]
 
 
 def coloured(train_size: int, test_size: int, image_size: int, seed: int) -> Dataset:
@@ -223,7 +223,8 @@ def test_a_stage_of_ones_own_is_one_function_and_one_yaml(tmp_path: Path, monkey
         "# How bright the data are.\nown:\n  _target_: own_stage.brightness\n  when: log\n  tag: brightness\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    overrides = ["dataset=synthetic", "dataset.train_size=16", "dataset.test_size=10", "train.log_every=2", *only()]
+    overrides = ["dataset=synthetic", "dataset.train_size=16", "dataset.test_size=10", "train.log_every=2", *only(),
+                 "train.validation=0", "objective=test/accuracy"]  # fmt: skip
     cfg = compose([*overrides, "device=cpu", "+stage=own", "stage.own.tag=mean"], config_dir=tmp_path / "conf")
     execute(cfg, tmp_path / "run")
     mean = float(datasets.synthetic(16, 10, 28, 0).train.images.double().mean())

@@ -27,11 +27,12 @@ CHECKOUT = HERE.parents[1]
 DEADLINE_S = 120
 
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "logging=light", "device=cpu",
-         "train.max_steps=8", "train.log_every=4", "model=mlp", "model.hidden=[8]")  # fmt: skip
+         "train.max_steps=8", "train.log_every=4", "model=mlp", "model.hidden=[8]", "train.validation=0",
+         "objective=test/accuracy")  # fmt: skip
 # Of 300 batches, which take some 150 s while the gate is closed; a checkpoint every five.
 OWN = ("dataset=synthetic", "dataset.train_size=600", "dataset.test_size=40", "dataset.image_size=8", "logging=light",
        "device=cpu", "train.batch_size=2", "train.checkpoint_every=5", "train.log_every=100", "model=lenet",
-       "model._target_=sweep_parts.Model")  # fmt: skip
+       "model._target_=sweep_parts.Model", "train.validation=0", "objective=test/accuracy")  # fmt: skip
 GRID = ("optimizer=sgd,adam", "optimizer.lr=0.01,0.001")
 THREADS = ("+stage.threads._target_=sweep_parts.threads", "+stage.threads.when=end", "+stage.threads.required=true")
 

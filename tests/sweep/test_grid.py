@@ -47,17 +47,17 @@ def test_table_is_ranked_and_csv_and_picture_agree_with_it(grid: Sweep) -> None:
     found = sweep.read(grid.root)
     assert [m.objective for m in found] == [result(path)["objective"] for path in members(grid.root)]
     rows = list(csv.reader((grid.root / "sweep.csv").read_text().splitlines()))
-    heads = ["optimizer", "optimizer.lr", "train/loss", "test/loss", "test/accuracy", "test/accuracy/best",
-             "status", "seconds", "folder"]  # fmt: skip
+    heads = ["optimizer", "optimizer.lr", "train/loss", "test/loss", "test/accuracy", "train/accuracy",
+             "test/accuracy/best", "status", "seconds", "folder"]  # fmt: skip
     assert rows[0] == heads
     accuracies = [float(row[heads.index("test/accuracy")]) for row in rows[1:]]
     assert accuracies == sorted(accuracies, reverse=True)
     assert {row[-1] for row in rows[1:]} == {m.folder.name for m in found}
     for row in rows[1:]:
         written = result(grid.root / row[-1])["metrics"]
-        assert [float(cell) for cell in row[2:6]] == [written[name] for name in heads[2:6]], "to the last digit"
+        assert [float(cell) for cell in row[2:7]] == [written[name] for name in heads[2:7]], "to the last digit"
     printed = [line.split() for line in grid.output.splitlines()]
-    short = [[*row[:2], *(f"{float(cell):.4f}" for cell in row[2:6]), row[6], f"{float(row[7]):.1f}", row[8]]
+    short = [[*row[:2], *(f"{float(cell):.4f}" for cell in row[2:7]), row[7], f"{float(row[8]):.1f}", row[9]]
              for row in rows[1:]]  # fmt: skip
     places = [printed.index(row) for row in [heads, *short]]
     assert places == list(range(places[0], places[0] + 5))

@@ -1,0 +1,111 @@
+"""A complete run that is given more epochs becomes the run of that length, to the bit, or is refused."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from reliability_tools import BARE, NO_STAGES, RICH, Driver, assert_same, left
+
+KEPT = "train.keep_checkpoint=true"
+VALIDATED = ("train.validation=0.3", "objective=val/loss")
+LENGTHS = {
+    "stages": (*RICH, "train.log_every=7"),  # which divides no number of batches: the end has a point of its own
+    "warmup": (*BARE, "schedule.warmup_epochs=0.5", "optimizer=adam"),
+    "milestones": (*BARE, "schedule=step", "schedule.milestones=[1,2]"),
+    "plateau": (*BARE, "schedule=plateau", "schedule.patience=0", "optimizer.lr=0.3"),
+    "best": (*BARE, *VALIDATED, "optimizer.lr=0.3", "train.ema=0.9", "train.accumulate=3"),
+    "patience": (*BARE, *VALIDATED, "train.patience=1", "train.min_delta=10"),  # at its end after two epochs
+    "augmented": (
+        *NO_STAGES,
+        "model=lenet",
+        "augment=mixup",
+        "dataset._target_=reliability_parts.augmented",
+        "train.num_workers=0",
+    ),
+}
+
+
+@pytest.mark.parametrize("option", LENGTHS)
+def test_it_equals_a_run_of_that_length(
+    option: str, driver: Driver, truth: Callable[..., Path], tmp_path: Path
+) -> None:
+    args = (*LENGTHS[option], KEPT)
+    folder = tmp_path / "run"
+    for epochs in (1, 2, 4):
+        assert driver.run(*args, f"train.epochs={epochs}", f"hydra.run.dir={folder}").code == 0
+        assert_same(folder, truth(*args, f"train.epochs={epochs}"))
+    before = left(folder)
+    again = driver.run(*args, "train.epochs=4", f"hydra.run.dir={folder}")
+    assert again.code == 0
+    assert "complete already" in again.output
+    assert left(folder) == before
+    assert before["result"]["epochs"] == (2 if option == "patience" else 4)
+
+
+@pytest.mark.slow
+def test_killed_at_each_moment_of_its_beginning(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    """From the first file that is touched to the first batch: the folder is the short run's, or the long one's."""
+    args, longer = (*RICH, KEPT), (*RICH, KEPT, "train.epochs=3")
+    short, trace = truth(*args), tmp_path / "trace.txt"
+    shutil.copytree(short, tmp_path / "watched")
+    assert driver.run(*longer, f"hydra.run.dir={tmp_path / 'watched'}", trace=trace).code == 0
+    labels = [line.split("\t")[1] for line in trace.read_text().splitlines()]
+    # The first of each kind: a copy of the event files has hundreds of parts, and building the run executes layers.
+    moments = {re.sub(r"tfevents\S*", "", label): nth + 1 for nth, label in reversed([*enumerate(labels)])
+               if "batch trained" in labels[nth:] and not label.startswith(("forward", "batch"))}  # fmt: skip
+    assert {"remove result.json", "rename .events.out. to events.out. done", "remove events.out."} <= moments.keys()
+    assert "rename .checkpoint.pt.part to checkpoint.pt done" in moments
+    for moment, nth in moments.items():
+        folder = tmp_path / f"run{nth}"
+        shutil.copytree(short, folder)
+        ended = driver.run(*longer, f"hydra.run.dir={folder}", plan=[{"nth": nth, "do": "KILL"}])
+        assert ended.code == -9, (moment, ended.output)
+        assert driver.run(*longer, f"hydra.run.dir={folder}").code == 0, moment
+        assert_same(folder, truth(*longer))
+
+
+def test_killed_while_it_is_trained_further(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    args, folder = (*BARE, *VALIDATED, KEPT), tmp_path / "run"
+    assert driver.run(*args, "train.epochs=1", f"hydra.run.dir={folder}").code == 0
+    for _ in range(3):
+        plan = [{"steps": 4, "match": "batch half trained", "do": "KILL"}]
+        assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}", plan=plan).code == -9
+        assert json.loads((folder / ".hydra" / "lineage.json").read_text())
+    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}").code == 0
+    assert_same(folder, truth(*args, "train.epochs=3"))
+
+
+def test_a_stopped_run_may_have_more_epochs_too(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+    args, folder = (*BARE, KEPT), tmp_path / "run"
+    plan = [{"steps": 21, "match": "batch trained", "do": "KILL"}]
+    assert driver.run(*args, f"hydra.run.dir={folder}", plan=plan).code == -9
+    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}").code == 0
+    assert_same(folder, truth(*args, "train.epochs=3"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("schedule=cosine",), "the learning rate of schedule=cosine follows the length"),
+        (("schedule=step", "schedule.milestones=[0.5]"), "schedule=step follows the length of the run"),
+        (("train.max_steps=20",), "train.max_steps=20 has ended it within an epoch"),
+        (("train.keep_checkpoint=false",), "complete after 2 epochs, and has kept no checkpoint to go on from"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_and_left_as_it_is(
+    words: tuple[str, ...], said: str, driver: Driver, tmp_path: Path
+) -> None:
+    args, folder = (*BARE, KEPT, *words), tmp_path / "run"
+    assert driver.run(*args, f"hydra.run.dir={folder}").code == 0
+    before = left(folder)
+    refused = driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}", cli=True)
+    assert refused.code == 1
+    for word in (said, str(folder), f"weights={folder}", "from the start"):
+        assert word in refused.output
+    assert "Traceback" not in refused.output
+    assert left(folder) == before
+    fewer = driver.run(*args, "train.epochs=1", f"hydra.run.dir={folder}", cli=True)
+    assert "train.epochs: 2, now 1" in fewer.output
