@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fmexp
 from fmexp import compose, config, datasets, execute, trainer
+from fmexp.build import build
 from fmexp.datasets import Dataset, Split
 from fmexp.engine.evaluation import evaluate
 from fmexp.models import LeNet
@@ -329,3 +330,21 @@ def test_the_mean_of_losses_names_the_first_that_is_not_finite() -> None:
         with pytest.raises(trainer.DivergedError, match=f"the loss is {bad} at step 49") as caught:
             trainer.mean_loss([losses[0], torch.tensor(bad), torch.tensor(math.nan)], 50)
         assert caught.value.step == 49
+
+
+def test_train_accuracy_is_that_of_the_last_images_trained_on(tmp_path: Path) -> None:
+    """Of two epochs of 300 images, the second of which ends after 22 of 38 batches."""
+    cfg = small(
+        "dataset.train_size=300", "train.batch_size=8", "train.epochs=2", "train.max_steps=60", "optimizer.lr=0.05"
+    )
+    execute(cfg, tmp_path)
+    run = build(cfg)
+    run.model.load_state_dict(weights(tmp_path))
+    recent = datasets.order(cfg.seed, 1, 300)[: 22 * 8][-100:]
+    images, labels = run.dataset.take(run.dataset.train, recent)
+    with torch.no_grad():
+        right = run.model.eval()(images).argmax(1) == labels
+    points = scalars(read_events(tmp_path), "train/accuracy")
+    assert [step for step, _ in points] == [38, 60]
+    assert points[-1][1] == pytest.approx(float(right.double().mean()))
+    assert 0.15 < points[-1][1] < 1
