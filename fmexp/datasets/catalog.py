@@ -2,10 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -109,9 +108,9 @@ def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: 
     folder = Path(root).absolute() / name / "raw"  # where torchvision keeps them; absolute, for errors name it
     remotes = [Remote(file, *known) for file, known in zip(_IDX_FILES, _IDX_SHA256[name], strict=True)]
     fetch(remotes, folder, mirrors, download=download, hint=HINT)
-    arrays = [torch.from_numpy(read_idx(folder, remote)) for remote in remotes]
     splits = []
-    for (images, image_file), (labels, label_file) in _pairs(list(zip(arrays, remotes, strict=True))):
+    for image_file, label_file in (remotes[:2], remotes[2:]):
+        images, labels = (torch.from_numpy(read_idx(folder, file)) for file in (image_file, label_file))
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(labels):
             raise DataError(
                 f"{folder}: {image_file.name} has shape {list(images.shape)} and "
@@ -125,7 +124,3 @@ def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: 
             )
         splits.append(Split(images[:, None], labels.long()))
     return Dataset(splits[0], splits[1], classes, description=name)
-
-
-def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items[::2], items[1::2], strict=True)
