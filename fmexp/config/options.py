@@ -3,6 +3,7 @@
 What a key means is said once: in a comment at it in YAML, or else at its field here. docs/reference.py reads both.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,15 +12,22 @@ from omegaconf import MISSING
 from fmexp.config.schema import Moment, limited, listed
 
 T = TypeVar("T")
+SCHEMAS: dict[str, type] = {}  # by <group>/<name>
 
 
-def schema(cls: type[T]) -> type[T]:
-    """A dataclass that is only read: of methods and a signature, which no one needs, Python would make for 10 ms."""
-    cls.__doc__ = cls.__doc__ or cls.__name__  # or else it is the signature
-    return dataclass(init=False, repr=False, eq=False)(cls)
+def schema(*names: str) -> Callable[[type[T]], type[T]]:
+    """A dataclass that YAML finds by these names. It is only read: methods and a signature would cost 10 ms in all."""
+
+    def named(cls: type[T]) -> type[T]:
+        cls.__doc__ = cls.__doc__ or cls.__name__  # or else it is the signature
+        made = dataclass(init=False, repr=False, eq=False)(cls)
+        SCHEMAS.update(dict.fromkeys(names, made))
+        return made
+
+    return named
 
 
-@schema
+@schema("dataset/downloaded")
 class DownloadedDataset:
     _target_: str = MISSING  # what makes the dataset: the import path of a function, called with the keys below
     root: str = MISSING  # the folder of the files, as torchvision keeps them; FMEXP_DATA changes the default
@@ -27,7 +35,7 @@ class DownloadedDataset:
     mirrors: list[str] = listed()  # where to fetch them from, tried in this order
 
 
-@schema
+@schema("dataset/synthetic")
 class SyntheticDataset:
     _target_: str = MISSING  # what makes the dataset: the import path of a function, called with the keys below
     train_size: int = limited(12_000, least=1)  # training images
@@ -36,7 +44,7 @@ class SyntheticDataset:
     seed: int = limited(0, least=0)  # of what is drawn; the run's own seed does not change it
 
 
-@schema
+@schema()
 class OwnDataset:
     _target_: str = MISSING  # what makes the dataset: the import path of a function, called with the keys below
     root: str = MISSING  # where the data is
@@ -46,7 +54,7 @@ class OwnDataset:
     std: list[float] = listed(0.5)  # what the pixels are then divided by: one number, or one for each channel
 
 
-@schema
+@schema("dataset/image_folder")
 class ImageFolder(OwnDataset):
     image_size: int | None = limited(None, least=1)
     resize: int | None = limited(None, least=1)
@@ -56,52 +64,52 @@ class ImageFolder(OwnDataset):
     cache_dir: str = "data/cache"
 
 
-@schema
+@schema("dataset/arrays")
 class Arrays(OwnDataset):
     classes: list[str] | None = None
 
 
-@schema
+@schema("augment/plain")
 class Augment:
     _target_: str = MISSING  # what changes a batch: the import path of a function, called with it and the keys below
 
 
-@schema
+@schema("augment/crop_flip")
 class CropFlip(Augment):
     padding: int = limited(4, least=0)  # black pixels on each side, before the old size is cut out anywhere
     flip: float = limited(0.5, least=0.0, most=1.0)  # the share of images that are mirrored, left to right
 
 
-@schema
+@schema("augment/random_erasing")
 class RandomErasing(Augment):
     p: float = limited(0.5, least=0.0, most=1.0)  # the share of images that lose a rectangle
     scale: tuple[float, float] = limited((0.02, 0.33), length=2, least=0.0, most=1.0)  # its area, as a share of theirs
     ratio: tuple[float, float] = limited((0.3, 3.3), length=2, above=0.0)  # its height / width
 
 
-@schema
+@schema("augment/mixed")
 class Mixed(Augment):
     alpha: float = limited(1.0, above=0.0)  # of Beta(alpha, alpha): near 0 mostly one of the two, above 1 mostly halves
 
 
-@schema
+@schema("augment/chain")
 class Chain(Augment):
     order: list[str] = listed()  # the names of those that are applied, the first one first
     steps: dict[str, Any] = field(default_factory=dict)  # what may be named: each with its keys, as in its own YAML
 
 
-@schema
+@schema("model/plain")
 class Model:
     _target_: str = MISSING  # what makes the model: the import path of a class or function, called with the keys below
 
 
-@schema
+@schema("model/torchvision")
 class Torchvision(Model):
     name: str = MISSING  # which of torchvision's classifiers
     pretrained: bool = False  # begin from torchvision's weights, downloaded once; says where the data do not suit them
 
 
-@schema
+@schema("model/timm")
 class Timm(Model):
     name: str = MISSING  # which of timm's models, such as vit_tiny_patch16_224
     pretrained: bool = False  # begin from timm's weights, downloaded once; says where the data do not suit them
@@ -111,23 +119,23 @@ class Timm(Model):
     drop_path_rate: float | None = limited(None, least=0.0, below=1.0)
 
 
-@schema
+@schema("model/mlp")
 class MLP(Model):
     hidden: list[int] = listed(256, 128, least=1)  # width of each hidden layer; []: one layer from pixels to classes
     dropout: float = limited(0.0, least=0.0, below=1.0)  # the share of hidden units that each training step leaves out
 
 
-@schema
+@schema("model/convnet")
 class ConvNet(Model):
     widths: list[int] = listed(32, 64, 128, least=1)  # channels of each stage; between two, height and width are halved
 
 
-@schema
+@schema()
 class Loss:
     _target_: str = MISSING  # the import path of a function, called with logits, labels and the keys below
 
 
-@schema
+@schema("loss/cross_entropy")
 class CrossEntropy(Loss):
     # this share of each label is spread over all classes
     label_smoothing: float = limited(0.0, least=0.0, below=1.0)
@@ -135,48 +143,48 @@ class CrossEntropy(Loss):
     class_weights: Any = None
 
 
-@schema
+@schema("loss/focal")
 class Focal(Loss):
     gamma: float = limited(2.0, least=0.0)  # how much less an image counts that is classified well; 0: cross-entropy
     # how much an image counts, by its label: null: all alike; balanced: all classes alike; or a number for each class
     class_weights: Any = None
 
 
-@schema
+@schema("loss/binary")
 class Binary(Loss):
     # this share of each label is spread over all classes
     label_smoothing: float = limited(0.0, least=0.0, below=1.0)
 
 
-@schema
+@schema()
 class Schedule:
     _target_: str = MISSING  # the import path of a function, called with the step, the run's length and the keys below
 
 
-@schema
+@schema("schedule/warmed")
 class Warmed(Schedule):
     warmup_epochs: float = limited(0.0, least=0.0)  # in which the rate rises from nearly 0; parts of one, too
 
 
-@schema
+@schema("schedule/falling")
 class Falling(Warmed):
     floor: float = limited(0.0, least=0.0, most=1.0)  # the share of optimizer.lr that the rate does not fall below
 
 
-@schema
+@schema("schedule/step")
 class Steps(Falling):
     milestones: list[float] = listed(0.5, 0.75, least=0.0)  # in epochs, or where all are below 1 as shares of the run
     gamma: float = limited(0.1, least=0.0, most=1.0)  # what the rate is multiplied by at each
 
 
-@schema
+@schema("schedule/one_cycle")
 class OneCycle(Schedule):
     warmup_epochs: float | None = limited(None, least=0.0)  # of the way up, parts of one, too; null: 0.3 of the run
     floor: float = limited(0.0, least=0.0, most=1.0)  # the share of optimizer.lr that the rate does not fall below
     start: float = limited(0.04, least=0.0, most=1.0)  # the share of optimizer.lr that the way up begins with
 
 
-@schema
+@schema("schedule/plateau")
 class Plateau(Schedule):
     factor: float = limited(0.1, least=0.0, below=1.0)  # what the rate is multiplied by
     patience: int = limited(2, least=0)  # epochs without a better objective that are waited for
@@ -184,7 +192,7 @@ class Plateau(Schedule):
     min_lr: float = limited(0.0, least=0.0)  # the rate is not lowered below it
 
 
-@schema
+@schema("optimizer/plain")
 class Optimizer:
     _target_: str = MISSING  # the import path of the optimizer, called with the model's parameters and the keys below
     lr: float = limited(0.001, least=0.0)  # learning rate: how far a step goes
@@ -194,7 +202,7 @@ class Optimizer:
     layer_decay: float | None = limited(None, above=0.0, most=1.0)
 
 
-@schema
+@schema("optimizer/sgd")
 class SGD(Optimizer):
     momentum: float = limited(0.0, least=0.0)  # the share of the last step that this one keeps
     dampening: float = 0.0  # how much less the gradient counts beside the momentum
@@ -202,7 +210,7 @@ class SGD(Optimizer):
     nesterov: bool = False  # take the gradient where momentum will lead; needs momentum above 0 and dampening 0
 
 
-@schema
+@schema("optimizer/adam")
 class Adam(Optimizer):
     # how slowly the running means of the gradient and of its square forget
     betas: tuple[float, float] = limited((0.9, 0.999), length=2, least=0.0, below=1.0)
@@ -212,7 +220,7 @@ class Adam(Optimizer):
     amsgrad: bool = False  # divide by the largest mean square so far, not by the latest
 
 
-@schema
+@schema("optimizer/rmsprop")
 class RMSprop(Optimizer):
     alpha: float = limited(0.99, least=0.0)  # how slowly the running mean of the squared gradient forgets
     eps: float = limited(1e-8, least=0.0)  # added to what the step is divided by
@@ -221,7 +229,7 @@ class RMSprop(Optimizer):
     centered: bool = False  # divide by the gradient's variance, not by its mean square
 
 
-@schema
+@schema("logging/tensorboard")
 class Logging:
     _target_: str = MISSING  # the import path of the writer, called with the keys below and the run's folder
     comment: str = ""
@@ -231,7 +239,7 @@ class Logging:
     filename_suffix: str = ""  # appended to the names of event files
 
 
-@schema
+@schema("stage/plain", "stage/model_graph")
 class Stage:
     _target_: str = MISSING  # the import path of the stage's function, called with the run and the keys below
     enabled: bool = True  # false: leave the stage out
@@ -240,86 +248,45 @@ class Stage:
     changes: bool = False  # true: it means to change weights or the optimizer; false: what it changes is put back
 
 
-@schema
+@schema("stage/tagged", "stage/calibration", "stage/confusion_matrix", "stage/per_class_accuracy")
 class TaggedStage(Stage):
     tag: str = MISSING  # the name in TensorBoard
 
 
-@schema
+@schema("stage/image_grid")
 class ImageGrid(TaggedStage):
     images: int = limited(4, least=1, most=1000)  # how many
     layout: str = limited("grid", one_of=("grid", "images"))
     augmented: bool = False
 
 
-@schema
+@schema("stage/projector")
 class Projector(TaggedStage):
     images: int = limited(100, least=1, most=10_000)  # how many points
     features: str | None = None
 
 
-@schema
+@schema("stage/predictions")
 class Predictions(TaggedStage):
     images: int = limited(4, least=1, most=100)  # how many of the batch, from its first; at most train.batch_size
 
 
-@schema
+@schema("stage/mistakes")
 class Mistakes(TaggedStage):
     images: int = limited(8, least=1, most=100)
 
 
-@schema
+@schema("stage/pr_curves")
 class PRCurves(TaggedStage):
     num_thresholds: int = limited(127, least=2, most=127)
     weights: float | None = limited(None, least=0.0)
 
 
-@schema
+@schema("stage/learning")
 class Learning(TaggedStage):
     histograms: bool = False
 
 
-@schema
+@schema("stage/profile")
 class Profile(TaggedStage):
     steps: int = limited(5, least=1, most=100)
-
-
-SCHEMAS: dict[str, dict[str, type]] = {
-    "dataset": {
-        "downloaded": DownloadedDataset,
-        "synthetic": SyntheticDataset,
-        "image_folder": ImageFolder,
-        "arrays": Arrays,
-    },
-    "augment": {
-        "plain": Augment,
-        "crop_flip": CropFlip,
-        "random_erasing": RandomErasing,
-        "mixed": Mixed,
-        "chain": Chain,
-    },
-    "model": {"plain": Model, "mlp": MLP, "convnet": ConvNet, "torchvision": Torchvision, "timm": Timm},
-    "loss": {"cross_entropy": CrossEntropy, "focal": Focal, "binary": Binary},
-    "schedule": {
-        "warmed": Warmed,
-        "falling": Falling,
-        "step": Steps,
-        "one_cycle": OneCycle,
-        "plateau": Plateau,
-    },
-    "optimizer": {"plain": Optimizer, "sgd": SGD, "adam": Adam, "rmsprop": RMSprop},
-    "logging": {"tensorboard": Logging},
-    "stage": {
-        "plain": Stage,
-        "tagged": TaggedStage,
-        "model_graph": Stage,
-        **dict.fromkeys(("calibration", "confusion_matrix", "per_class_accuracy"), TaggedStage),
-        "image_grid": ImageGrid,
-        "projector": Projector,
-        "predictions": Predictions,
-        "mistakes": Mistakes,
-        "pr_curves": PRCurves,
-        "learning": Learning,
-        "profile": Profile,
-    },
-}

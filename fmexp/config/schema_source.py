@@ -18,14 +18,14 @@ from fmexp.config.schema import Config
 def _stages() -> dict[str, Any]:
     """All files of conf/stage together, each with the schema of its name where there is one."""
     names = sorted(path.stem for path in (conf_dir() / "stage").glob("*.yaml"))
-    schemas = {name: SCHEMAS["stage"][name] for name in names if name in SCHEMAS["stage"]}
+    schemas = {name: SCHEMAS[f"stage/{name}"] for name in names if f"stage/{name}" in SCHEMAS}
     return {"defaults": ["_self_", *(f"/stage/{name}@stage" for name in names)], "stage": schemas}
 
 
 NODES: dict[str, Any] = {
     "schema/config": Config,
     "schema/stages": _stages(),
-    **{f"schema/{group}/{name}": node for group, schemas in SCHEMAS.items() for name, node in schemas.items()},
+    **{f"schema/{name}": node for name, node in SCHEMAS.items()},
 }
 
 
