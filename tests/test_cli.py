@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from program import CHECKOUT, PYTHON, Finished, call, environment, run, start
 from program import finish as finished
-from tools import SMALL, read_events, scalars, weights, write_idx_splits
+from tools import SMALL, read_events, result, scalars, weights, write_idx_splits
 
 import fmexp
 from fmexp import cli, compose, execute
@@ -58,11 +58,6 @@ def composed(folder: Path) -> DictConfig:
     cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
     return cfg
-
-
-def result(folder: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads((folder / "result.json").read_text())
-    return content
 
 
 def assert_complete(folder: Path) -> None:

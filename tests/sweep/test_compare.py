@@ -14,7 +14,8 @@ from types import ModuleType
 import program
 import pytest
 from program import Finished
-from sweep_tools import SMALL, result, write_run
+from sweep_tools import SMALL, write_run
+from tools import result
 
 from fmexp import sweep
 from fmexp.errors import FmexpError

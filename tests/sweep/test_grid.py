@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from matplotlib import image
 from omegaconf import OmegaConf
 from program import TensorBoard
-from sweep_tools import SMALL, THREADS, Sweep, files, members, result
+from sweep_tools import SMALL, THREADS, Sweep, files, members
+from tools import result
 
 from fmexp import compose, config, sweep
 from fmexp.config.hydra_versions import VERSION_BASE
