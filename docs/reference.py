@@ -1,4 +1,4 @@
-"""Make docs/reference.md: every key of the configuration, from conf/ and the schemas in fmexp/config/schema.py.
+"""Make docs/reference.md: every key of the configuration, from conf/ and the schemas in fmexp/config.
 
 `python docs/reference.py` writes it; with `--check` it writes nothing, and exits with 1 where the page is out of date.
 """
@@ -27,7 +27,7 @@ INTRO = """\
 # Reference
 
 Every key of the configuration, by group. `key=value` sets one, `group=option` chooses. `python docs/reference.py` makes
-this page from `conf/` and the schemas in `fmexp/config/schema.py`, whose comments are the meanings below. How to
+this page from `conf/` and the schemas in `fmexp/config/options.py`, whose comments are the meanings below. How to
 begin is in [tutorial.md](tutorial.md), options of your own are in [own.md](own.md).
 """
 WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}

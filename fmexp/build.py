@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,8 @@ def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset |
     if cfg.train.accumulate > (batches := steps_per_epoch(cfg, dataset)):
         asked = f"train.accumulate={cfg.train.accumulate}"
         raise ConfigError(f"{asked} is more than the {batches} batches of an epoch. Take at most {batches}.")
-    try:
+    with _building("optimizer", cfg.optimizer):
         optimizer = build_optimizer(cfg.optimizer, model, frozen)
-    except Exception as error:
-        raise _unbuildable("optimizer", cfg.optimizer, error) from error
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
     loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, dataset, optimizer, batches, steps)
     run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
@@ -78,16 +77,22 @@ def build_dataset(cfg: DictConfig) -> datasets.Dataset:
     Raises:
         ConfigError, DataError: it cannot be built, or nothing can be trained on it.
     """
-    try:
+    with _building("dataset", cfg.dataset):
         dataset = datasets.load(cfg.dataset)
         _check_kind("dataset", cfg.dataset, dataset, datasets.Dataset)
         datasets.check(dataset)
-        dataset = datasets.with_validation(dataset, cfg.train.validation)
+        return datasets.with_validation(dataset, cfg.train.validation)
+
+
+@contextmanager
+def _building(key: str, node: DictConfig, given: str = "") -> Iterator[None]:
+    """Raise FmexpError, with key and target, for what goes wrong within the block."""
+    try:
+        yield
     except FmexpError:
         raise
     except Exception as error:
-        raise _unbuildable("dataset", cfg.dataset, error) from error
-    return dataset
+        raise _unbuildable(key, node, error, given) from error
 
 
 def _unbuildable(key: str, node: DictConfig, error: BaseException, given: str = "") -> FmexpError:
@@ -119,12 +124,10 @@ def _arguments(node: DictConfig) -> list[str]:
 
 def _bound(key: str, node: DictConfig, arguments: Any, *given: Any, **known: Any) -> partial[Any]:
     """The target of `node` with its arguments, after a check that it can be imported and takes them."""
-    try:
+    with _building(key, node):
         function: partial[Any] = instantiate(arguments, _partial_=True)
         inspect.signature(function.func).bind(*given, *function.args, **{**function.keywords, **known})
-    except Exception as error:
-        raise _unbuildable(key, node, error) from error
-    return function
+        return function
 
 
 def _plain(function: partial[Any]) -> partial[Any]:
@@ -144,17 +147,13 @@ def _augment(cfg: DictConfig, classes: int) -> datasets.augment.Augment | None:
     arguments: Any = OmegaConf.to_container(cfg.augment, resolve=True)
     for step in _steps(arguments, dict).values():
         step["_partial_"] = True
-    try:
+    with _building("augment", cfg.augment):
         function: partial[Any] = instantiate(arguments, _partial_=True)
-    except Exception as error:
-        raise _unbuildable("augment", cfg.augment, error) from error
     for key, part in {"augment": function, **_steps(function.keywords, partial)}.items():
-        try:
+        with _building(key, OmegaConf.select(cfg, key)):
             signature = inspect.signature(part.func)
             part.keywords.update({"num_classes": classes} if "num_classes" in signature.parameters else {})
             signature.bind(None, None, None, **part.keywords)
-        except Exception as error:
-            raise _unbuildable(key, OmegaConf.select(cfg, key), error) from error
     if isinstance(steps := function.keywords.get("steps"), dict):
         plain = {name: _plain(step) if isinstance(step, partial) else step for name, step in steps.items()}
         function.keywords["steps"] = plain
@@ -186,12 +185,8 @@ def _augmented(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
             f"{list(targets.shape)} of images {images.dtype} {list(images.shape)}: images keep their shape, float32 "
             f"stays so, and labels are numbers {allowed[0]} or probabilities {allowed[1]}."
         )
-    try:
+    with _building("loss", run.cfg.loss, f"{name} makes labels {targets.dtype} {list(targets.shape)}"):
         run.loss(torch.zeros(len(images), classes, device=run.device), targets)
-    except Exception as error:
-        raise _unbuildable(
-            "loss", run.cfg.loss, error, f"{name} makes labels {targets.dtype} {list(targets.shape)}"
-        ) from error
     return pixels, targets
 
 
@@ -204,12 +199,10 @@ def _loss(cfg: DictConfig, dataset: datasets.Dataset, device: torch.device) -> L
         plain: Any = OmegaConf.to_object(wanted) if OmegaConf.is_config(wanted) else wanted
         class_weights = weights_of_classes(plain, datasets.labels(dataset.train), classes)
         loss = partial(loss, class_weights=class_weights.to(device))
-    try:
+    with _building("loss", cfg.loss):
         value = loss(torch.zeros(2, classes, device=device), torch.zeros(2, dtype=torch.int64, device=device))
         if not isinstance(value, Tensor) or value.dim():
             raise ValueError(f"it returns {tuple(value.shape) if isinstance(value, Tensor) else value!r}, no scalar")
-    except Exception as error:
-        raise _unbuildable("loss", cfg.loss, error) from error
     return loss
 
 
@@ -217,20 +210,16 @@ def _schedule(cfg: DictConfig, dataset: datasets.Dataset, optimizer: Optimizer, 
     """The schedule; what it asks for of these it is given: batches an epoch, the rate, which objective is better."""
     node, rate = cfg.schedule, optimizer.param_groups[0].get("lr")
     known = {"steps_per_epoch": batches, "lr": rate or 1.0, "maximised": maximised(cfg.objective)}
-    try:
+    with _building("schedule", node):
         target = hydra.utils.get_object(node._target_)
         asked = {name: known[name] for name in inspect.signature(target).parameters if name in known}
-    except Exception as error:
-        raise _unbuildable("schedule", node, error) from error
     made = inspect.isclass(target)  # and so has a state, as Plateau
     function = _bound("schedule", node, node, *(() if made else (0, 1)), **asked)
     function = partial(_plain(function), **asked)
-    try:
+    with _building("schedule", node):
         schedule: Schedule = function() if made else function
         for step in (0, steps // 2, steps - 1):
             float(schedule(step, steps))
-    except Exception as error:
-        raise _unbuildable("schedule", node, error) from error
     if isinstance(schedule, Following) and dataset.val is not None and cfg.objective.startswith("test/"):
         raise ConfigError(
             f"schedule._target_={node._target_} follows objective={cfg.objective}, which is measured once, at the end. "
@@ -266,10 +255,8 @@ def build_model(cfg: DictConfig, dataset: datasets.Dataset, images: Tensor) -> n
     shape, classes, node = dataset.input_shape, len(dataset.classes), cfg.model
     given = f"dataset {target(cfg.dataset)} gives images of {'x'.join(map(str, shape))} and {classes} classes"
     rng.seed_all(cfg.seed)  # so that the weights do not depend on how the data was made
-    try:
+    with _building("model", node, given):
         model: nn.Module = instantiate(node, input_shape=shape, num_classes=classes)
-    except Exception as error:
-        raise _unbuildable("model", node, error, given) from error
     _check_kind("model", node, model, nn.Module)
     model.to(images.device)
     if _lazy(model):

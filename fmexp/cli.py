@@ -14,13 +14,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 import fmexp
 from fmexp import messages, process
-from fmexp.config import check, conf_dir, output_folder, without_hydra
+from fmexp.config import check, conf_dir, output_folder, plugin_options, without_hydra  # noqa: F401
 from fmexp.config.hydra_versions import MAIN
 from fmexp.config.overrides import resume_command
 from fmexp.errors import ConfigError, FmexpError
 from fmexp.process import block_signals
-from fmexp.rundir import layout
-from fmexp.sweep import plugins
 
 DIVERGED = 3  # the exit status of a single run that diverged; an error is 1, a wrong flag 2, a signal 128 + its number
 
@@ -55,6 +53,9 @@ class Door(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
             output_folder(config, "hydra.sweep.dir")
+            from fmexp.sweep import plugins  # a single run does without
+
+            plugins.register()
 
 
 @contextmanager
@@ -76,6 +77,7 @@ def run(cfg: DictConfig) -> float:
     try:
         with block_signals():  # a signal's exception in the midst of torch's import aborts the process
             from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
+            from fmexp.rundir import layout
 
         process.resume_gc()
         with beside_the_bar():
@@ -108,7 +110,6 @@ def main() -> None:
     if "--version" in sys.argv[1:]:  # Hydra would say its own alone
         print(f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})")
         return process.require_output()
-    plugins.register()
     Door.entered, Door.new_folders = False, []
     with messages.instead_of_tracebacks():
         try:

@@ -1,5 +1,8 @@
 """What fmexp says when it cannot go on: a message of a few lines for a person, never a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 from hydra.errors import CompactHydraException
 
 
@@ -13,6 +16,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """A question to end a message with, or nothing where there are no names."""
+    meant = " or ".join(dict.fromkeys(names))
+    return f" Did you mean {meant}?" if meant else ""
+
+
+def similar(name: str, others: Iterable[str]) -> list[str]:
+    """The three of the others that are most like a name, of those that are."""
+    return difflib.get_close_matches(name, list(others), n=3)
 
 
 def is_utf8(text: str) -> bool:

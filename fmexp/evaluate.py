@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fmexp import config, messages, process
 from fmexp.config import validate
@@ -90,32 +91,23 @@ def _configuration(tree: Mapping[str, Any], words: Mapping[str, str]) -> DictCon
             raise ConfigError(
                 f"{key} cannot be changed: it is the run's. What can be: split, mapping, {', '.join(MAY_DIFFER)}."
             )
-    cfg: Any = OmegaConf.create(dict(tree))
-    if "${" in OmegaConf.to_yaml(cfg):
+    if "${" in OmegaConf.to_yaml(OmegaConf.create(dict(tree))):
         raise FmexpError(f"{layout.CONFIG} of the run is damaged: it interpolates, and no run writes that.")
     composed = config.compose([f"{key}={words[key]}" for key in GROUPS if key in words])
-    stages = {f"stage.{name}" for name in composed.stage}
-    for group in GROUPS:
-        if group in words:
+    with validate.in_words():
+        cfg: Any = OmegaConf.merge(OmegaConf.structured(config.Config), dict(tree))
+        for group in (group for group in GROUPS if group in words):
             cfg[group] = composed[group]
-    for part in ("backend", *stages):  # as the schemas have them, so that values are checked
-        if (mine := OmegaConf.select(cfg, part)) is not None:
-            OmegaConf.update(cfg, part, OmegaConf.merge(OmegaConf.select(composed, part), mine), merge=False)
-    for key, value in words.items():
-        if key in GROUPS:
-            continue
-        part, _, name = key.rpartition(".")
-        if part in stages and OmegaConf.select(cfg, part) is None:
-            OmegaConf.update(cfg, part, OmegaConf.select(composed, part), force_add=True)
-        node = OmegaConf.select(cfg, part) if part else cfg
-        if not isinstance(node, DictConfig) or name not in list(node):  # `in` would not see what is ???
-            raise ConfigError(
-                config.no_key(part, name, node) if isinstance(node, DictConfig) else f"There is no {part}."
-            )
+        for name, stage in composed.stage.items():  # as the schemas have them, so that values are checked
+            if name in cfg.stage or any(key.startswith(f"stage.{name}.") for key in words):
+                cfg.stage[name] = OmegaConf.merge(stage, cfg.stage.get(name, {}))
+    OmegaConf.set_struct(cfg, True)
+    for key, value in ((key, value) for key, value in words.items() if key not in GROUPS):
         try:
-            with validate.in_words():
-                node[name] = bounded.parse_yaml(value)
-        except (yaml.YAMLError, ValueError) as error:
+            cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{key}={value}"]))
+        except OmegaConfBaseException as error:
+            raise ConfigError(messages.of_config(error)) from error
+        except yaml.YAMLError as error:
             raise ConfigError(f"{key}={value} is no YAML: {error}") from error
     cfg.weights, cfg.train.ema, cfg.train.accumulate = None, None, 1  # of the training alone
     config.check(cfg)

@@ -1,6 +1,5 @@
 """What a person reads when the program cannot go on: a message that names key, value and way out, and no traceback."""
 
-import difflib
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fmexp import config
-from fmexp.errors import CodeError, FmexpError, first_line, printable
+from fmexp.errors import CodeError, FmexpError, did_you_mean, first_line, printable, similar
 
 FULL = "HYDRA_FULL_ERROR"
 
@@ -98,7 +97,7 @@ def of_option(error: MissingConfigException) -> str:
     """Which option a group does not have, and those that it has."""
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     options = list(error.options or ())
-    meant = _meant([f"{group}={name}" for name in difflib.get_close_matches(option, options, n=3)])
+    meant = did_you_mean(f"{group}={name}" for name in similar(option, options))
     return f"{str(error).splitlines()[0]}.{meant}\nThe options of {group} are {', '.join(options)}."
 
 
@@ -120,7 +119,3 @@ def _is_of_hydra(error: Exception) -> bool:
     passed = (Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
     called = [path.name for path in passed if ours in path.parents]
     return not called or called[-1] in door
-
-
-def _meant(names: list[str]) -> str:
-    return f" Did you mean {' or '.join(names)}?" if names else ""

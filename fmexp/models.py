@@ -3,7 +3,6 @@
 Each takes float32 [B, C, H, W] and returns logits [B, num_classes].
 """
 
-import difflib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmexp.datasets import Dataset
-from fmexp.errors import ConfigError, first_line
+from fmexp.errors import ConfigError, did_you_mean, first_line, similar
 
 SMALL_IMAGE = 64  # pixels; from smaller ones the stem of a ResNet leaves next to nothing
 
@@ -192,9 +191,7 @@ def unlike_pretraining(model: nn.Module, dataset: Dataset, keys: Collection[str]
 
 def _check_name(name: str, names: Sequence[str], where: str) -> None:
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-        meant = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"model.name={name} is no model of {where}.{meant}")
+        raise ConfigError(f"model.name={name} is no model of {where}.{did_you_mean(similar(name, names))}")
 
 
 _weights_come_later = ContextVar("weights_come_later", default=False)

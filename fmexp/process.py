@@ -6,7 +6,6 @@ Stopping is in good order: a signal is noted, the run finishes its batch and sav
 import atexit
 import gc
 import io
-import multiprocessing
 import os
 import re
 import signal
@@ -39,7 +38,9 @@ def in_loading_process(worker: int) -> None:
 
 def is_orphan() -> bool:
     """Whether the process that has started this one, by multiprocessing, is gone; it may be from the beginning."""
-    starter = multiprocessing.parent_process()
+    from multiprocessing import parent_process  # which a command that only composes does without
+
+    starter = parent_process()
     return starter is not None and os.getppid() != starter.pid
 
 

@@ -19,6 +19,11 @@ def csv_text(rows: Sequence[Sequence[str]]) -> str:
     return content.getvalue()
 
 
+def number(value: float, digits: int | None) -> str:
+    """A number with `digits` behind the point, or with all that it has."""
+    return repr(value) if digits is None else f"{value:.{digits}f}"
+
+
 def _cell(text: str) -> str:
     """A cell that no spreadsheet takes for a formula: text that begins as one gets an apostrophe."""
     if not text.startswith(("=", "+", "-", "@")):

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from program import CHECKOUT, PYTHON, Finished, call, environment, run, start
 from program import finish as finished
-from tools import SMALL, read_events, scalars, weights, write_idx_splits
+from tools import SMALL, read_events, result, scalars, weights, write_idx_splits
 
 import fmexp
 from fmexp import cli, compose, execute
@@ -42,7 +42,8 @@ import sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "tensorboard", "matplotlib"):
+        needless = ("torch", "tensorboard", "matplotlib", *["fmexp.sweep"] * ("--multirun" not in sys.argv))
+        if name.startswith(needless):
             raise ImportError(f"{name} was asked for")
 
 sys.meta_path.insert(0, Refuse())
@@ -57,11 +58,6 @@ def composed(folder: Path) -> DictConfig:
     cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
     return cfg
-
-
-def result(folder: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads((folder / "result.json").read_text())
-    return content
 
 
 def assert_complete(folder: Path) -> None:
@@ -104,7 +100,7 @@ def help_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_help_lists_every_option_of_a_group(group: str, help_text: str) -> None:
     listed = re.search(rf"^ {{2}}{group}  +(.*(?:\n {{10,}}.*)*)$", help_text, re.MULTILINE)
     assert listed
-    names = re.sub(r"\([^)]*\)|; sweeps, with -m:", ",", listed[1])
+    names = re.sub(r"\(chosen\)", "", listed[1])
     options = [name for name in re.split(r"[\s,]+", names) if name]
     assert sorted(options) == sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
@@ -124,6 +120,7 @@ def test_help_shows_examples_output_and_every_key_within_80_columns(help_text: s
     assert "multirun/<date>/<time>/<member>/" in help_text
     assert "tensorboard --logdir" in help_text
     assert [line for line in help_text.splitlines() if len(line) > 80 and "://" not in line] == []
+    assert "  model        lenet (chosen), " in help_text
     configuration = help_text.partition("(key=value):\n")[2]
     assert OmegaConf.create(configuration) == OmegaConf.create(OmegaConf.to_yaml(compose()))
 

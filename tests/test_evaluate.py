@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tools import interrupt, read_events, scalars, small
+from tools import interrupt, read_events, result, scalars, small
 
 from fmexp import execute
 from fmexp.datasets import Split, synthetic
@@ -23,11 +22,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     execute(small(*RUN), folder)
     return folder
-
-
-def result(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return content
 
 
 def of(split: str, metrics: dict[str, float]) -> dict[str, float]:

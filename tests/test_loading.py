@@ -16,24 +16,16 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from PIL import Image
 from program import environment, run
-from tools import SMALL, interrupt, small, weights
+from tools import KEEP, KEPT, SMALL, interrupt, small, weights
 from torch import Tensor, nn
 from torchvision import transforms
 
 import fmexp
 from fmexp import datasets, execute, loading, models
-from fmexp.engine.evaluation import Evaluation
 from fmexp.errors import ConfigError, DataError, FmexpError
 from fmexp.run import Run
 
-KEPT: dict[str, tuple[Evaluation, datasets.Dataset]] = {}  # by the folder in which the run wrote
-KEEP = ("logging=light", "+stage.keep._target_=test_loading.keep", "+stage.keep.when=end",
-        "stage.per_class_accuracy.enabled=false")  # fmt: skip
-
-
-def keep(run: Run) -> None:
-    """A stage of these tests: keep what the run's own evaluation says."""
-    KEPT[str(run.output_dir)] = run.evaluation, run.dataset
+LIGHT = ("logging=light", "stage.per_class_accuracy.enabled=false", KEEP)
 
 
 def fail(run: Run) -> None:
@@ -54,7 +46,7 @@ def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete run of LeNet on 1,100 test images, which are three batches."""
     folder = tmp_path_factory.mktemp("done") / "run"
-    execute(small(*KEEP, "dataset.test_size=1100"), folder)
+    execute(small(*LIGHT, "dataset.test_size=1100"), folder)
     return folder
 
 
@@ -104,7 +96,7 @@ class Unsure(nn.Module):
     ids=" ".join,
 )
 def test_other_models_have_the_probabilities_of_the_run_to_the_bit(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    execute(small(*KEEP, "dataset.test_size=510", *overrides), tmp_path / "run")
+    execute(small(*LIGHT, "dataset.test_size=510", *overrides), tmp_path / "run")
     evaluation, data = KEPT[str(tmp_path / "run")]
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     classifier = fmexp.load(tmp_path / "run")
@@ -169,7 +161,7 @@ def test_pictures_in_folders_go_their_own_way_when_folder_and_dataset_are_elsewh
     root = f"dataset.root={photos}"
     cfg = fmexp.compose(["dataset=image_folder", root, *f"dataset.{keys}".split(), "model=mlp", "device=cpu",
                          "dataset.cache=memory", "dataset.mean=[0.4]", "dataset.std=[0.2]", "train.epochs=1",
-                         *KEEP])  # fmt: skip
+                         *LIGHT])  # fmt: skip
     execute(cfg, tmp_path / "run")
     evaluation, _ = KEPT[str(tmp_path / "run")]
     elsewhere = tmp_path / "elsewhere"
@@ -280,7 +272,7 @@ def spectra(**keys: Any) -> datasets.Dataset:
 
 
 def test_images_that_are_no_pictures_are_given_as_a_tensor(tmp_path: Path) -> None:
-    cfg = small(*KEEP, "dataset._target_=test_loading.spectra", "model=mlp")
+    cfg = small(*LIGHT, "dataset._target_=test_loading.spectra", "model=mlp")
     execute(cfg, tmp_path / "run")
     evaluation, data = KEPT[str(tmp_path / "run")]
     assert isinstance(data.test, datasets.Split)
@@ -301,7 +293,7 @@ def test_a_run_without_trained_weights_is_refused_with_the_way_out(tmp_path: Pat
     execute(small("logging=light", "optimizer.lr=1e30"), tmp_path / "diverged")
     execute(cfg, tmp_path / "gone")
     (tmp_path / "gone" / "model.pt").rename(tmp_path / "stopped" / "model.pt")  # as of a shorter run of that folder
-    failing = small(*KEEP, "stage.keep._target_=test_loading.fail", "train.max_steps=4")
+    failing = small(*LIGHT, "stage.keep._target_=test_loading.fail", "train.max_steps=4")
     with pytest.raises(TypeError):
         execute(failing, tmp_path / "failed")
     (tmp_path / "empty").mkdir()

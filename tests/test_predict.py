@@ -18,22 +18,14 @@ import pytest
 import torch
 from PIL import Image
 from program import Finished, environment, run
-from tools import interrupt, small
+from tools import KEEP, KEPT, interrupt, small
 
 import fmexp
 from fmexp import datasets, execute, predict
 from fmexp.engine.evaluation import Evaluation
-from fmexp.run import Run
 
-KEPT: dict[str, tuple[Evaluation, datasets.Dataset]] = {}  # by the folder in which the run wrote
-KEEP = ("logging=light", "+stage.keep._target_=test_predict.keep", "+stage.keep.when=end")
 PREDICT = (sys.executable, "-m", "fmexp.predict")
 Command = Callable[..., Finished]
-
-
-def keep(run: Run) -> None:
-    """A stage of these tests: keep what the run's own evaluation says."""
-    KEPT[str(run.output_dir)] = run.evaluation, run.dataset
 
 
 def export(data: datasets.Dataset, folder: Path) -> None:
@@ -73,7 +65,7 @@ def add_odd_files(folder: Path) -> dict[str, str]:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete run on 1,100 test images, which are three batches."""
     folder = tmp_path_factory.mktemp("done") / "run"
-    execute(small(*KEEP, "dataset.test_size=1100", "train.epochs=3", "optimizer=adam"), folder)
+    execute(small("logging=light", KEEP, "dataset.test_size=1100", "train.epochs=3", "optimizer=adam"), folder)
     return folder
 
 
@@ -137,7 +129,7 @@ def test_real_test_split_as_png_has_the_accuracy_of_the_run_also_among_odd_files
 ) -> None:
     execute(
         fmexp.compose([f"dataset.root={fashion_mnist_root}", "device=cpu", "train.batch_size=256", "optimizer.lr=0.05",
-                       "train.max_steps=200", *KEEP]),
+                       "train.max_steps=200", "logging=light", KEEP]),
         tmp_path / "run",
     )  # fmt: skip
     evaluation, data = kept = KEPT[str(tmp_path / "run")]
@@ -211,7 +203,7 @@ def odd_names(**keys: Any) -> datasets.Dataset:
 def test_names_are_shown_in_one_line_and_no_cell_is_a_formula(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute(small(*KEEP, "dataset._target_=test_predict.odd_names", "model=mlp"), tmp_path / "run")
+    execute(small("logging=light", KEEP, "dataset._target_=test_predict.odd_names", "model=mlp"), tmp_path / "run")
     file = os.fsencode(tmp_path) + b"/+cmd\n\xff.png"
     Image.new("L", (5, 5)).save(os.fsdecode(file))
     probabilities = fmexp.load(tmp_path / "run").predict([Image.new("L", (5, 5))])[0]

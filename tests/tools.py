@@ -18,7 +18,10 @@ from torch import nn
 from torchvision.datasets import CIFAR10
 
 from fmexp import compose, execute
+from fmexp.datasets import Dataset
+from fmexp.engine.evaluation import Evaluation
 from fmexp.models import LeNet
+from fmexp.run import Run
 from fmexp.trainer import Trainer
 
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "train.log_every=4", "device=cpu",
@@ -32,6 +35,21 @@ def small(*overrides: str) -> DictConfig:
         with open_dict(stage):
             stage.required = True
     return cfg
+
+
+KEPT: dict[str, tuple[Evaluation, Dataset]] = {}  # by the folder in which the run wrote
+KEEP = "+stage.keep={_target_:tools.keep,when:end}"
+
+
+def keep(run: Run) -> None:
+    """A stage: keep what the run's own evaluation says, and of which data."""
+    KEPT[str(run.output_dir)] = run.evaluation, run.dataset
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What a run's result.json says."""
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
 
 
 def read_events(folder: Path) -> EventAccumulator:

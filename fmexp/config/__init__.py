@@ -14,7 +14,8 @@ from fmexp.config.identity import (
 )
 from fmexp.config.location import conf_dir
 from fmexp.config.objective import is_shown, maximised
-from fmexp.config.schema import SCHEMAS, Config, Moment
+from fmexp.config.options import SCHEMAS
+from fmexp.config.schema import Config, Moment
 from fmexp.config.validate import check, closed, no_key, no_text, output_folder, without_hydra, wrong_value
 
 __all__ = [

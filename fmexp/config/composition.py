@@ -2,12 +2,14 @@
 
 import os
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from fmexp.config import schema_source  # noqa: F401  # which Hydra finds the schemas by
 from fmexp.config.hydra_versions import VERSION_BASE, register_resolver
 from fmexp.config.location import conf_dir
 from fmexp.config.validate import check_keys
@@ -31,26 +33,23 @@ def compose(
     return cfg
 
 
-def listed_options() -> str:
-    """The groups of conf/ and their options for --help, the default one first; found there, so never out of date."""
-    root, lines = conf_dir(), []
-    defaults = {key: value for entry in OmegaConf.load(root / "config.yaml").defaults for key, value in _pairs(entry)}
-    for group in [*(key for key in defaults if (root / key).is_dir()), "experiment"]:
-        first = defaults.get(group)
-        names = [f"{first} (default)"] * bool(first)
-        names += sorted(path.stem for path in (root / group).glob("*.yaml") if path.stem != first)
-        lines.append(_wrapped(f"  {group:<13}", names))
-    return "\n".join(dict.fromkeys(lines))
+def listed_options(choices: Mapping[str, str | None]) -> str:
+    """The groups of conf/ and their options for --help, the chosen one first; found there, so never out of date.
+
+    Args:
+        choices: the option of each group, as hydra.runtime.choices has them.
+    """
+    lines = []
+    for group, chosen in sorted(choices.items()):
+        if "/" not in group and (folder := conf_dir() / group).is_dir():
+            others = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != chosen)
+            lines.append(_wrapped(f"  {group:<13}", [f"{chosen} (chosen)"] * bool(chosen) + others))
+    return "\n".join(lines)
 
 
 def listed_stages() -> str:
     """The stages of conf/ for --help."""
     return _wrapped("  ", sorted(path.stem for path in (conf_dir() / "stage").glob("*.yaml")))
-
-
-def _pairs(entry: object) -> list[tuple[str, str]]:
-    """A line of a defaults list as (group, option)."""
-    return [(str(key), str(value)) for key, value in entry.items() if value] if isinstance(entry, DictConfig) else []
 
 
 def _wrapped(head: str, names: list[str]) -> str:

@@ -1,6 +1,5 @@
 """Checks what a type cannot express: ranges, targets, stages, keys that nothing reads."""
 
-import difflib
 import math
 import operator
 import os
@@ -18,7 +17,7 @@ from fmexp.config.identity import GROUPS, OWN, flat
 from fmexp.config.location import conf_dir
 from fmexp.config.objective import MORE_IS_BETTER
 from fmexp.config.schema import Config, Moment
-from fmexp.errors import ConfigError, is_utf8
+from fmexp.errors import ConfigError, did_you_mean, is_utf8, similar
 
 _LIMITS: dict[str, Callable[[Any, Any], bool]] = {
     "least": operator.ge,
@@ -138,8 +137,7 @@ def no_key(part: str, name: str, node: DictConfig) -> str:
     below = flat(OmegaConf.to_container(node, throw_on_missing=False))  # type: ignore[arg-type]
     same = [key for key in below if key.rpartition(".")[2] == name != key and not key.startswith("hydra.")]
     prefix = f"{part}." if part else ""
-    close = [prefix + other for other in same or difflib.get_close_matches(name, [*names, *groups], n=3)]
-    meant = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    meant = did_you_mean(prefix + other for other in same or similar(name, [*names, *groups]))
     if part:
         return f"There is no key {prefix}{name}.{meant}\n{part} has {', '.join(names) or 'no keys'}."
     others = ", ".join(other for other in names if other not in groups)

@@ -2,10 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,7 +41,7 @@ def cifar10(root: str, download: bool = True, mirrors: Sequence[str] = ()) -> Da
 
     folder = Path(root).absolute()  # so that an error says where it was looked for
     if not (folder / CIFAR10.base_folder).is_dir():
-        archive = Remote(CIFAR10.filename, CIFAR10.tgz_md5, CIFAR10_SHA256, 170_498_071)
+        archive = Remote(CIFAR10.filename, CIFAR10_SHA256, 170_498_071)
         fetch([archive], folder, mirrors, download=download, hint=HINT)
         open_checked(folder, archive)
         try:
@@ -76,7 +75,7 @@ def synthetic(train_size: int = 12_000, test_size: int = 2_000, image_size: int 
     return Dataset(train, test, GARMENTS, description="synthetic garments, drawn by fmexp: no photographs")
 
 
-# torchvision has the same (a test compares them), but importing it takes longer than reading the files.
+# torchvision has the same names (a test compares them), but importing it takes longer than reading the files.
 _IDX_FILES = (
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
@@ -103,36 +102,15 @@ _IDX_SHA256 = {  # and bytes
         ("20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c", 5_120),
     ),
 }
-_IDX_MD5 = {
-    "FashionMNIST": (
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "25c81989df183df01b3e8a0aad5dffbe",
-        "bef4ecab320f06d8554ea6380940ec79",
-        "bb300cfdad3c16e7a12a480ee83cd310",
-    ),
-    "MNIST": (
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3",
-        "ec29112dd5afa0611ce80d1b7f02629c",
-    ),
-    "KMNIST": (
-        "bdb82020997e1d708af4cf47b453dcf7",
-        "e144d726b3acfaa3e44228e80efcd344",
-        "5c965bf0a639b31b8f53240b1b52f4d7",
-        "7320c461ea6c1c855c0b718fb2a4b134",
-    ),
-}
 
 
 def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: Sequence[str]) -> Dataset:
     folder = Path(root).absolute() / name / "raw"  # where torchvision keeps them; absolute, for errors name it
-    known = zip(_IDX_FILES, _IDX_MD5[name], _IDX_SHA256[name], strict=True)
-    remotes = [Remote(file, md5, sha256, size) for file, md5, (sha256, size) in known]
+    remotes = [Remote(file, *known) for file, known in zip(_IDX_FILES, _IDX_SHA256[name], strict=True)]
     fetch(remotes, folder, mirrors, download=download, hint=HINT)
-    arrays = [torch.from_numpy(read_idx(folder, remote)) for remote in remotes]
     splits = []
-    for (images, image_file), (labels, label_file) in _pairs(list(zip(arrays, remotes, strict=True))):
+    for image_file, label_file in (remotes[:2], remotes[2:]):
+        images, labels = (torch.from_numpy(read_idx(folder, file)) for file in (image_file, label_file))
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(labels):
             raise DataError(
                 f"{folder}: {image_file.name} has shape {list(images.shape)} and "
@@ -146,7 +124,3 @@ def _idx(name: str, classes: Sequence[str], root: str, download: bool, mirrors: 
             )
         splits.append(Split(images[:, None], labels.long()))
     return Dataset(splits[0], splits[1], classes, description=name)
-
-
-def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items[::2], items[1::2], strict=True)

@@ -42,20 +42,14 @@ MAX_DIMENSIONS = 8  # images need 3; numpy refuses more than 64, the format's he
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to download: its name, the same in the folder and at the mirrors, its checksums in hex, and its size.
+    """A file to download: its name, the same in the folder and at the mirrors, its SHA-256 in hex, and its size.
 
-    The SHA-256 is what is checked, or the MD5 where that is all that is known. No more than `size` bytes are read.
+    No more than `size` bytes are read.
     """
 
     name: str
-    md5: str
-    sha256: str = ""
+    sha256: str
     size: int = MAX_BYTES
-
-    @property
-    def checksum(self) -> tuple[str, str]:
-        """The algorithm and what it has to give."""
-        return ("sha256", self.sha256) if self.sha256 else ("md5", self.md5)
 
 
 class _MirrorFailed(Exception):
@@ -105,10 +99,8 @@ def open_checked(folder: Path, file: Remote) -> bytes:
         raise DataError(f"{file.name} in {folder} cannot be read: {error}") from error
     if path.name != file.name:
         return content
-    kind, expected = file.checksum
-    found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
-    if found != expected:
-        raise _corrupt(path, f"{kind} {expected}", f"{kind} {found}")
+    if (found := hashlib.sha256(content).hexdigest()) != file.sha256:
+        raise _corrupt(path, f"sha256 {file.sha256}", f"sha256 {found}")
     if not file.name.endswith(".gz"):
         return content
     try:
@@ -178,14 +170,13 @@ def _download(file: Remote, folder: Path, mirrors: Sequence[str], hint: str) -> 
 
 def _save(url: str, file: Remote, path: Path) -> None:
     """Write what `url` gives to the new file `path`, down to the disk, if its checksum is right."""
-    kind, expected = file.checksum
-    digest = hashlib.new(kind, usedforsecurity=False)
+    digest = hashlib.sha256()
     with open(path, "xb") as out, closing(_chunks(url, file)) as chunks:
         for chunk in chunks:
             out.write(chunk)
             digest.update(chunk)
-        if digest.hexdigest() != expected:
-            raise _MirrorFailed(f"wrong checksum: expected {kind} {expected}, found {kind} {digest.hexdigest()}")
+        if (found := digest.hexdigest()) != file.sha256:
+            raise _MirrorFailed(f"wrong checksum: expected sha256 {file.sha256}, found sha256 {found}")
         out.flush()
         os.fsync(out.fileno())
 

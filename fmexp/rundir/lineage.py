@@ -32,8 +32,7 @@ LEFT_OUT = f"left out: more than {MOST_PATCH:,} bytes"
 # Git may not write, ask, fetch or execute what a configuration names, but for filters (LFS), which a diff needs.
 _ENVIRONMENT = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"}
 _GIT = ("git", "--no-pager", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false")
-_STATUS = ("status", "--porcelain=v2", "--branch", "-z", "--untracked-files=normal", "--no-renames",
-           "--ignore-submodules=dirty")  # fmt: skip
+_STATUS = ("status", "--porcelain=v2", "-z", "--untracked-files=normal", "--no-renames", "--ignore-submodules=dirty")
 _DIFF = ("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--no-relative",
          "--src-prefix=a/", "--dst-prefix=b/", "--submodule=short", "--ignore-submodules=dirty")  # fmt: skip
 _slow: set[Path] = set()  # repositories in which git took too long
@@ -149,27 +148,28 @@ def _look(cwd: Path, own: Path) -> Code:
     root = next((path for path in (here, *here.parents) if os.path.exists(path / ".git")), None)
     if root is None:
         return Code()
+    said: dict[str, Any] = {"commit": None, "dirty": None, "patch": None, "patch_sha256": None, "untracked": []}
     until = time.monotonic() + LIMIT_S
     rest = ("--", ":/", *_left_out(root, here, Path(os.path.realpath(own))))
     try:
+        if (head := _ask(root, "rev-parse", "--verify", "HEAD", most=100, until=until)) is None:
+            return Code()
+        said["commit"] = head.decode().strip()
         if root in _slow:
             raise TimeoutError
-        status = _ask(root, *_STATUS, *rest, most=MOST_STATUS, until=until)
-        entries = [] if status is None else status[:MOST_STATUS].decode(errors="surrogateescape").split("\0")
-        commit = next((word[13:] for word in entries if word.startswith("# branch.oid ")), "(initial)")
-        if commit == "(initial)":
+        if (status := _ask(root, *_STATUS, *rest, most=MOST_STATUS, until=until)) is None:
             return Code()
+        entries = status[:MOST_STATUS].decode(errors="surrogateescape").split("\0")
         dirty = any(word.startswith(("1 ", "u ")) for word in entries)
         patch = _ask(root, *_DIFF, *rest, most=MOST_PATCH, until=until) if dirty else None
     except TimeoutError:
         _slow.add(root)
         log.warning("git takes more than %d s in %s: whether files were changed is not noted", LIMIT_S, root)
-        return _commit_alone(root)
+        return Code(said if said["commit"] else None)
     names = [printable(word[2:]).replace("\n", "\\n") for word in entries if word.startswith("? ")]
     more = [f"and {len(names) - MOST_NAMES:,} more"] if len(names) > MOST_NAMES else []
     kept = patch if patch is not None and len(patch) <= MOST_PATCH else None
-    said = {
-        "commit": commit,
+    said |= {
         "dirty": dirty,
         "patch": None if patch is None else LEFT_OUT if kept is None else layout.PATCH,
         "patch_sha256": None if patch is None else hashlib.sha256(patch).hexdigest(),  # of its beginning, if left out
@@ -179,17 +179,6 @@ def _look(cwd: Path, own: Path) -> Code:
 
 
 _of_sweep = functools.cache(_look)
-
-
-def _commit_alone(root: Path) -> Code:
-    try:
-        commit = _ask(root, "rev-parse", "--verify", "HEAD", most=100, until=time.monotonic() + LIMIT_S)
-    except TimeoutError:
-        commit = None
-    if commit is None:
-        return Code()
-    unknown = dict.fromkeys(("dirty", "patch", "patch_sha256"))
-    return Code({"commit": commit.decode().strip(), **unknown, "untracked": []})
 
 
 def _left_out(root: Path, cwd: Path, own: Path) -> list[str]:

@@ -1,25 +1,22 @@
 """Runs of any folders side by side: ranked by one metric, the keys in which they differ, intervals over seeds."""
 
-import difflib
 import json
 import math
 import os
 import shlex
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fmexp import config
-from fmexp.config import maximised
-from fmexp.errors import FmexpError, printable
+from fmexp.errors import FmexpError, did_you_mean, printable, similar
 from fmexp.rundir import bounded, layout
 from fmexp.sweep.members import Member, check_tree, folder_number, ranked, read_member, warn_left_out
+from fmexp.sweep.seeds import statistics_table
 
 MOST_FOLDERS = 100_000  # that are looked into below what one names; / would keep a reader busy for hours
 TARGET = "._target_"  # model._target_ is shown as model, and its value without the modules
@@ -159,14 +156,13 @@ def with_differences(entries: Sequence[Entry], keys: Sequence[str]) -> list[Entr
 def replicates(
     entries: Sequence[Entry], objective: str, digits: int | None = 4
 ) -> tuple[list[list[str]], list[tuple[Entry, Entry]]]:
-    """Runs that differ in their seed alone, together: n, mean, spread (sample standard deviation) and 95 % interval.
+    """Runs that differ in their seed alone, together.
 
     Args:
         entries: as `with_differences` returns them.
 
     Returns:
-        rows of text, the first the heads, and no rows where no two runs are replicates; and the pairs of runs that are
-        the same, with their seed: such a pair is one run.
+        the `statistics_table`, and the pairs of runs that are the same, with their seed: such a pair is one run.
     """
     groups: dict[str, dict[str | None, Entry]] = {}
     twins = []
@@ -176,16 +172,10 @@ def replicates(
             first = groups.setdefault(same, {}).setdefault(entry.identity.get("seed"), entry)
             if first is not entry:
                 twins.append((first, entry))
-    if all(len(group) == 1 for group in groups.values()):
-        return [], twins
     keys = [key for key in entries[0].overrides if key not in ("seed", *WORDS)]
-    rows = []
     found = [list(group.values()) for group in groups.values()]
-    mean = {id(group): statistics.mean(entry.objective for entry in group) for group in found}
-    for group in sorted(found, key=lambda group: mean[id(group)], reverse=maximised(objective)):
-        values = [entry.objective for entry in group]
-        rows.append([*(group[0].overrides[key] for key in keys), str(len(group)), *_statistics(values, digits)])
-    return [[*keys, "n", f"mean {objective}", "spread", "95 % interval"], *rows], twins
+    shown = [([group[0].overrides[key] for key in keys], [entry.objective for entry in group]) for group in found]
+    return statistics_table(keys, shown, objective, digits), twins
 
 
 def best(entries: Sequence[Entry], objective: str, count: int) -> list[Entry]:
@@ -240,27 +230,6 @@ def heading(key: str) -> str:
     return key.removesuffix(TARGET)
 
 
-@lru_cache
-def student_t(freedom: int) -> float:
-    """What |t| of so many degrees of freedom stays below with 95 % probability: 12.706 of 1, 2.776 of 4.
-
-    By bisection, for of whole degrees the distribution is a finite sum: Abramowitz and Stegun, 26.7.3 and 26.7.4.
-    """
-
-    def probability(angle: float) -> float:
-        term, total = math.cos(angle) ** (freedom % 2), 0.0
-        for power in range(freedom % 2, freedom - 1, 2):
-            total += term
-            term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-        total *= math.sin(angle)
-        return (angle + total) * 2 / math.pi if freedom % 2 else total
-
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if probability(middle) < 0.95 else (low, middle)
-    return math.sqrt(freedom) * math.tan(middle)
-
-
 def _below(root: Path) -> Iterator[Path]:
     todo, looked = [root], 0
     while todo:
@@ -282,8 +251,7 @@ def _metric(entry: Entry, name: str) -> float:
 def _meant(name: str, known: Any) -> str:
     """Names like one that is not there, as a question."""
     same = sorted(other for other in known if name and other.split(".")[-1] == name)
-    close = same or difflib.get_close_matches(name, list(known), n=3)
-    return f" Did you mean {' or '.join(map(printable, close[:3]))}?" if close else ""
+    return did_you_mean(map(printable, same[:3] or similar(name, known)))
 
 
 def _equals(value: Any, key: str, text: str) -> bool:
@@ -316,18 +284,3 @@ def _shown(key: str, entries: Sequence[Entry]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     return printable(value if isinstance(value, str) else json.dumps(value))
-
-
-def _statistics(values: Sequence[float], digits: int | None) -> list[str]:
-    """Mean, spread and 95 % interval; of one value the mean alone."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return [_number(mean, digits), "", ""]
-    spread = statistics.stdev(values)
-    half = student_t(len(values) - 1) * spread / math.sqrt(len(values))
-    interval = f"{_number(mean - half, digits)} to {_number(mean + half, digits)}"
-    return [_number(mean, digits), _number(spread, digits), interval]
-
-
-def _number(value: float, digits: int | None) -> str:
-    return repr(value) if digits is None else f"{value:.{digits}f}"

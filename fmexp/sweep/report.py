@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import socket
-import statistics
 import sys
 import time
 from collections import Counter
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fmexp import config
-from fmexp.config import maximised
 from fmexp.config.overrides import varied_keys
 from fmexp.errors import printable
 from fmexp.rundir import atomic, layout
@@ -28,7 +26,8 @@ from fmexp.sweep.members import (
     ranked,
     read,
 )
-from fmexp.tables import aligned, csv_text
+from fmexp.sweep.seeds import statistics_table
+from fmexp.tables import aligned, csv_text, number
 
 log = logging.getLogger(__name__)
 
@@ -91,29 +90,19 @@ def table(
     metrics = [name for name in metrics if config.is_shown(name, objective)]
     rows = [[*varied, *said, *metrics, "status", "seconds", "folder"]]
     for member in ranked(members, objective):
-        values = [_shown(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
+        values = [number(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
         keys = [*(member.overrides.get(key, "") for key in varied), *(words[member.folder][name] for name in said)]
-        seconds = _shown(member.seconds, digits and 1)
+        seconds = number(member.seconds, digits and 1)
         rows.append([*keys, *values, member.status, seconds, member.name])
     return rows
 
 
 def replicates(root: Path, members: Sequence[Member], digits: int | None = 4) -> list[list[str]]:
-    """Members that differ in their seed alone, together: n, mean and spread (standard deviation) of the objective.
-
-    Without heads, too, where no two do. Numbers are in full without `digits`.
-    """
+    """Members that differ in their seed alone, together, as `statistics_table` has them; numbers in full without
+    `digits`."""
     varied, groups = group_by_keys(members)
-    if all(len(group) == 1 for group in groups.values()):
-        return []
-    name = objective_of(root)
-    rows = [[*varied, "n", f"mean {name}", "spread"]]
-    found = {keys: [member.objective for member in group] for keys, group in groups.items()}
-    best_first = sorted(found.items(), key=lambda item: statistics.mean(item[1]), reverse=maximised(name))
-    for keys, values in best_first:
-        spread = _shown(statistics.stdev(values), digits) if len(values) > 1 else ""
-        rows.append([*keys, str(len(values)), _shown(statistics.mean(values), digits), spread])
-    return rows
+    shown = [(keys, [member.objective for member in group]) for keys, group in groups.items()]
+    return statistics_table(varied, shown, objective_of(root), digits)
 
 
 def fitted(
@@ -212,11 +201,6 @@ def _write_summary(root: Path, rows: list[list[str]], picture: bytes) -> None:
     words.value[0].tensor.dtype = 7  # a string
     words.value[0].tensor.string_val.append(markdown.encode())
     _write_events(root / "summary", [Summary(value=[Summary.Value(tag="sweep", image=image)]), words])
-
-
-def _shown(value: float, digits: int | None) -> str:
-    """A number with `digits` behind the point, or with all that it has."""
-    return repr(value) if digits is None else f"{value:.{digits}f}"
 
 
 def _words(member: Member, letters: int | None) -> dict[str, str]:

@@ -126,9 +126,8 @@ def pack_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "MNIST", "KMNIST"])
-def test_the_files_and_their_checksums_are_torchvisions(name: str) -> None:
-    known = list(zip(catalog._IDX_FILES, catalog._IDX_MD5[name], strict=True))
-    assert known == getattr(torchvision.datasets, name).resources
+def test_the_files_are_named_as_torchvisions(name: str) -> None:
+    assert list(catalog._IDX_FILES) == [file for file, _ in getattr(torchvision.datasets, name).resources]
 
 
 def test_synthetic_data_have_the_sizes_asked_for_and_share_no_image() -> None:

@@ -43,8 +43,8 @@ fetch([Remote(*pair.split("=")) for pair in pairs], Path(folder), [mirror], down
 """
 
 
-def md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def idx(array: NDArray[np.uint8]) -> bytes:
@@ -54,12 +54,11 @@ def idx(array: NDArray[np.uint8]) -> bytes:
 ARRAY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 IDX = idx(ARRAY)
 PACKED = gzip.compress(IDX, mtime=0)
-SMALL = Remote("small.gz", md5(PACKED))
+SMALL = Remote("small.gz", sha256(PACKED))
 
 # Several chunks long, and not to be compressed away.
 BIG_BODY = gzip.compress(np.random.default_rng(0).bytes(300_000), mtime=0)
-SHA256 = hashlib.sha256(BIG_BODY).hexdigest()
-BIG = Remote("big.gz", md5(BIG_BODY), SHA256, len(BIG_BODY))
+BIG = Remote("big.gz", sha256(BIG_BODY), len(BIG_BODY))
 BODIES = {SMALL: PACKED, BIG: BIG_BODY}
 
 
@@ -142,7 +141,7 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def start(folder: Path, mirror: str, files: list[Remote]) -> subprocess.Popen[str]:
     """Start a process that fetches, and return once it has found files missing and is about to take the lock."""
-    pairs = [f"{file.name}={file.md5}" for file in files]
+    pairs = [f"{file.name}={file.sha256}" for file in files]
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), mirror, *pairs],
         stdout=subprocess.PIPE,
@@ -181,7 +180,7 @@ def test_downloads_only_what_is_missing(server: Server, folder: Path) -> None:
         (None, "404"),
         (Answer(BIG_BODY[:-1], len(BIG_BODY)), f"truncated: expected {len(BIG_BODY)} bytes, found {len(BIG_BODY) - 1}"),
         (Answer(BIG_BODY[:99_999], len(BIG_BODY)), f"truncated: expected {len(BIG_BODY)} bytes, found 99999"),
-        (Answer(BIG_BODY[:-1]), f"wrong checksum: expected sha256 {SHA256}, found sha256 "),
+        (Answer(BIG_BODY[:-1]), f"wrong checksum: expected sha256 {BIG.sha256}, found sha256 "),
         (Answer(BIG_BODY + b"x"), f"too long: expected {len(BIG_BODY):,} bytes"),
         (Answer(b"<html>Please log in</html>"), "wrong checksum"),
         (Answer(b""), "wrong checksum"),
@@ -329,9 +328,9 @@ def test_reads_packed_and_unpacked(tmp_path: Path, names: set[str]) -> None:
 
 def test_file_that_is_never_packed_is_checked(tmp_path: Path) -> None:
     (tmp_path / "plain.bin").write_bytes(b"right")
-    assert open_checked(tmp_path, Remote("plain.bin", md5(b"right"))) == b"right"
-    with pytest.raises(DataError, match=md5(b"other")):
-        open_checked(tmp_path, Remote("plain.bin", md5(b"other")))
+    assert open_checked(tmp_path, Remote("plain.bin", sha256(b"right"))) == b"right"
+    with pytest.raises(DataError, match=sha256(b"other")):
+        open_checked(tmp_path, Remote("plain.bin", sha256(b"other")))
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -353,7 +352,7 @@ def refused(path: Path, file: Remote, *parts: str) -> None:
 def test_wrong_checksum_on_disk(tmp_path: Path) -> None:
     path = tmp_path / SMALL.name
     path.write_bytes(PACKED + b"\x00")
-    refused(path, SMALL, SMALL.md5, md5(PACKED + b"\x00"))
+    refused(path, SMALL, SMALL.sha256, sha256(PACKED + b"\x00"))
 
 
 @pytest.mark.parametrize(
@@ -373,7 +372,7 @@ def test_wrong_checksum_on_disk(tmp_path: Path) -> None:
 def test_corrupt_gzip_with_the_right_checksum(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "small.gz"
     path.write_bytes(content)
-    refused(path, Remote("small.gz", md5(content)))
+    refused(path, Remote("small.gz", sha256(content)))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +413,7 @@ def test_damaged_idx(tmp_path: Path, content: bytes, expected: str, found: str) 
     (tmp_path / "small").unlink()
     packed = gzip.compress(content)
     (tmp_path / "small.gz").write_bytes(packed)
-    refused(tmp_path / "small.gz", Remote("small.gz", md5(packed)), expected, found)
+    refused(tmp_path / "small.gz", Remote("small.gz", sha256(packed)), expected, found)
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +478,9 @@ def test_damaged_gzip_is_refused_or_harmless(shared: Path, damage: list[Mutation
     for mutation in damage:
         content = mutation.apply(content)
     # With a checksum that follows the damage, it is gzip and IDX alone that must notice.
-    found = read(shared / "packed.gz", content, Remote("packed.gz", md5(content) if checksum_follows else SMALL.md5))
+    found = read(
+        shared / "packed.gz", content, Remote("packed.gz", sha256(content) if checksum_follows else SMALL.sha256)
+    )
     if not checksum_follows:
         assert (found is not None) == (content == PACKED)
     if found is not None:

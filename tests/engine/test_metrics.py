@@ -12,30 +12,22 @@ from numpy.typing import NDArray
 from sklearn import metrics as sklearn
 from sklearn.calibration import calibration_curve
 from sklearn.preprocessing import label_binarize
-from tools import small
+from tools import KEEP, KEPT, small
 
 from fmexp import execute
 from fmexp.config import maximised
 from fmexp.config.objective import MORE_IS_BETTER
 from fmexp.engine import metrics
 from fmexp.engine.evaluation import Evaluation
-from fmexp.run import Run
-
-KEPT: dict[str, Evaluation] = {}
-
-
-def keep(run: Run) -> None:
-    """A stage of these tests: keep what the run's own evaluation says."""
-    KEPT["run"] = run.evaluation
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """What a short run says of 300 test images: some classes well, some badly."""
     sizes = ("dataset.train_size=240", "dataset.test_size=300", "train.epochs=3", "optimizer.lr=0.02")
-    cfg = small(*sizes, "logging=light", "+stage.keep={_target_:test_metrics.keep,when:end}")
-    execute(cfg, tmp_path_factory.mktemp("real") / "run")
-    return KEPT["run"]
+    folder = tmp_path_factory.mktemp("real") / "run"
+    execute(small(*sizes, "logging=light", KEEP), folder)
+    return KEPT[str(folder)][0]
 
 
 def drawn(

@@ -352,7 +352,7 @@ def test_every_member_of_a_sweep_has_it_and_a_process_asks_once(
         assert found["command"].startswith(f"python -m fmexp {shlex.join(words[:6])}")
         assert member.tags == ["a", "b"]
     calls = Counter(line.split()[0] for line in asked.read_text().splitlines())
-    assert list(calls.values()) == [2] * len(calls)  # status and diff
+    assert list(calls.values()) == [3] * len(calls)  # the commit, status and diff
     assert len(calls) <= (2 if launcher else 1)
 
 

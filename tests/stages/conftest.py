@@ -2,8 +2,8 @@
 
 import pytest
 from matplotlib.figure import Figure
-from stages_tools import KEPT, Drawn, Seen
-from tools import read_events, small
+from stages_tools import Drawn, Seen
+from tools import KEEP, KEPT, read_events, small
 
 import fmexp.stages.figures
 from fmexp import datasets, execute
@@ -27,7 +27,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         cfg = small(
             "dataset.train_size=120", "dataset.test_size=60", "train.epochs=4", "train.log_every=30",
             "optimizer.lr=0.02", "stage.calibration.enabled=true", "stage.mistakes.enabled=true",
-            "+stage.keep={_target_:stages_tools.keep,when:end}",
+            KEEP,
         )  # fmt: skip
         execute(cfg, folder)
-    return Seen(folder, read_events(folder), KEPT[str(folder)], datasets.synthetic(120, 60, 28, 0), figures)
+    return Seen(folder, read_events(folder), KEPT[str(folder)][0], datasets.synthetic(120, 60, 28, 0), figures)

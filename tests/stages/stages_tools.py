@@ -71,14 +71,6 @@ def find(tile: Bytes, split: Split) -> int:
 
 
 # A run that all the tests of single stages read
-KEPT: dict[str, Evaluation] = {}
-
-
-def keep(run: Run) -> None:
-    """A stage of these tests: keep what the run's own evaluation says."""
-    KEPT[str(run.output_dir)] = run.evaluation
-
-
 @dataclass
 class Drawn:
     """What stood in one of a figure's axes when the figure was handed over."""

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from stages_tools import KEPT, Seen, only
+from stages_tools import Seen, only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from tools import KEEP, KEPT
 from torch import Tensor
 
 from fmexp import datasets
@@ -63,11 +64,11 @@ def test_pr_curves_are_drawn_of_the_truth_and_not_of_the_guesses(seen: Seen) -> 
 def test_pr_curves_take_thresholds_weights_and_a_tag(run_small: Callable[..., tuple[Path, EventAccumulator]]) -> None:
     folder, events = run_small(
         *only("pr_curves"), "stage.pr_curves.num_thresholds=11", "stage.pr_curves.weights=2.5",
-        "stage.pr_curves.tag='curves/{class}'", "+stage.keep={_target_:stages_tools.keep,when:end}",
+        "stage.pr_curves.tag='curves/{class}'", KEEP,
     )  # fmt: skip
     labels = datasets.synthetic(64, 40, 28, 0).test.labels
     for index, name in enumerate(datasets.GARMENTS):
         _, curve = pr_curve(events, f"curves/{name}")
         assert curve.shape == (6, 11)
-        expected = counts(KEPT[str(folder)].probabilities[:, index], labels == index, 11)
+        expected = counts(KEPT[str(folder)][0].probabilities[:, index], labels == index, 11)
         assert np.array_equal(curve[:4], 2.5 * expected)

@@ -109,11 +109,6 @@ class Gate:
         return found
 
 
-def result(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return content
-
-
 def members(root: Path) -> list[Path]:
     """The members' folders, by number."""
     found = [path for path in root.iterdir() if (path / ".hydra").is_dir()]

@@ -10,8 +10,8 @@ from pathlib import Path, PurePath
 import program
 import pytest
 from program import Finished
-from sweep_tools import SMALL, files, result, write_run
-from tools import small
+from sweep_tools import SMALL, files, write_run
+from tools import result, small
 
 from fmexp import execute
 from fmexp.rundir import layout

@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from matplotlib import image
 from omegaconf import OmegaConf
 from program import TensorBoard
-from sweep_tools import SMALL, THREADS, Sweep, files, members, result
+from sweep_tools import SMALL, THREADS, Sweep, files, members
+from tools import result
 
 from fmexp import compose, config, sweep
 from fmexp.config.hydra_versions import VERSION_BASE
@@ -174,12 +175,14 @@ def test_replicates_are_put_together(tmp_path: Path) -> None:
     done = program.call("-m", *words, cwd=tmp_path)
     assert done.status == 0
     lines = [line.split() for line in done.out.splitlines()]
-    head = lines.index(["optimizer.lr", "n", "mean", "test/accuracy", "spread"])
+    head = lines.index(["optimizer.lr", "n", "mean", "test/accuracy", "spread", "95", "%", "interval"])
     rows = {row[0]: row[1:] for row in lines[head + 1 : head + 3]}
     written = list(csv.DictReader((tmp_path / "s" / "replicates.csv").read_text().splitlines()))
     for lr in ("0.1", "0.001"):
         values = [result(path)["objective"] for path in members(tmp_path / "s") if f"lr-{lr}_" in path.name]
-        assert rows[lr] == ["3", f"{np.mean(values):.4f}", f"{np.std(values, ddof=1):.4f}"]
+        half = 4.30265273 * np.std(values, ddof=1) / np.sqrt(3)  # Student's t of 2 degrees of freedom
+        interval = [f"{np.mean(values) - half:.4f}", "to", f"{np.mean(values) + half:.4f}"]
+        assert rows[lr] == ["3", f"{np.mean(values):.4f}", f"{np.std(values, ddof=1):.4f}", *interval]
         (kept,) = (row for row in written if row["optimizer.lr"] == lr)
         assert kept["n"] == "3"
         assert float(kept["mean test/accuracy"]) == pytest.approx(np.mean(values), rel=1e-15)

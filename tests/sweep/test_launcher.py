@@ -10,19 +10,8 @@ from pathlib import Path
 
 import pytest
 from program import TensorBoard, alive
-from sweep_tools import (
-    CHECKOUT,
-    HERE,
-    OWN,
-    SMALL,
-    Gate,
-    Sweep,
-    files,
-    member,
-    members,
-    result,
-    until,
-)
+from sweep_tools import CHECKOUT, HERE, OWN, SMALL, Gate, Sweep, files, member, members, until
+from tools import result
 
 from fmexp import config, sweep
 from fmexp.rundir import layout

@@ -14,8 +14,8 @@ import program
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from sweep_tools import SMALL, fabricate, result
-from tools import small
+from sweep_tools import SMALL, fabricate
+from tools import result, small
 
 import fmexp
 from fmexp import execute, sweep

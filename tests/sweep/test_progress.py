@@ -10,8 +10,8 @@ from typing import Any
 
 import program
 import pytest
-from sweep_tools import SMALL, fabricate, members, result
-from tools import small
+from sweep_tools import SMALL, fabricate, members
+from tools import result, small
 
 from fmexp import execute, sweep
 from fmexp.sweep import launcher, progress

@@ -7,7 +7,8 @@ from pathlib import Path
 import optuna
 import program
 import pytest
-from sweep_tools import OWN, SMALL, Gate, Sweep, files, members, result
+from sweep_tools import OWN, SMALL, Gate, Sweep, files, members
+from tools import result
 
 from fmexp import compose, config, sweep
 from fmexp.rundir import layout

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from program import slurm_answers
-from sweep_tools import OWN, Gate, Sweep, files, member, members, result, until
+from sweep_tools import OWN, Gate, Sweep, files, member, members, until
+from tools import result
 
 from fmexp import sweep
 from fmexp.sweep import slurm
