@@ -24,7 +24,7 @@ from fmexp.config.overrides import quote
 from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.process import Stop
 from fmexp.run import Run, steps_per_epoch, total_steps
-from fmexp.rundir import atomic, checkpoint, hparams, layout, lineage, results, tensorboard
+from fmexp.rundir import atomic, checkpoint, hparams, layout, lineage, results, rungs, tensorboard
 from fmexp.rundir.atomic import disk_full
 from fmexp.trainer import DivergedError, Trainer
 
@@ -37,6 +37,7 @@ def execute(
     *,
     hydra_files: Mapping[str, DictConfig | ListConfig] | None = None,
     resume_command: str = "",
+    pause_at: int | None = None,
 ) -> float:
     """Execute the run of a composed configuration in a folder, or go on with it; its objective, or NaN if it diverged.
 
@@ -45,6 +46,8 @@ def execute(
     Args:
         hydra_files: more files for .hydra/, by name.
         resume_command: what to type to go on, printed when a signal stops the run.
+        pause_at: after so many batches, or at once if it has done more, evaluate the objective, keep it in rungs.json
+            and return it. The next call goes on, and the run's bits are those of one that has not paused.
 
     Raises:
         ConfigError, DataError: the run cannot begin; the folder is as it was.
@@ -54,13 +57,13 @@ def execute(
     tree = config.resolved(cfg)
     output_dir = Path(output_dir).absolute()
     layout.check_identity(output_dir, tree, resume=cfg.resume)
-    if (objective := _finished(output_dir, tree)) is not None:
+    if (objective := _finished(output_dir, tree, pause_at)) is not None:
         return objective
     resumed = checkpoint.exists(output_dir)
     run = build(cfg, resumed=resumed)
     with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
-        if (objective := _finished(output_dir, tree)) is not None:
+        if (objective := _finished(output_dir, tree, pause_at)) is not None:
             return objective
         state = checkpoint.load(output_dir)
         if state:  # .hydra/, which check_identity reads, may have been removed
@@ -70,7 +73,8 @@ def execute(
         elif resumed:  # another process has removed its checkpoint
             run = build(cfg)
         try:
-            return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
+            execution = _Execution(run, output_dir, tree, stop, resume_command, pause_at)
+            return execution.go(state, hydra_files or {})
         except Exception as error:
             raised = _failed(error, run, output_dir, tree, resume_command or "the same call")
             if raised is error:
@@ -96,11 +100,21 @@ def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], 
 class _Execution:
     """One process's work on a run: from where its folder stands to the end, or to a signal."""
 
-    def __init__(self, run: Run, output_dir: Path, tree: dict[str, Any], stop: Stop, resume_command: str) -> None:
+    def __init__(
+        self,
+        run: Run,
+        output_dir: Path,
+        tree: dict[str, Any],
+        stop: Stop,
+        resume_command: str,
+        pause_at: int | None,
+    ) -> None:
         self.run, self.output_dir, self.tree = run, output_dir, tree
         self.about = {"config": tree, "config_digest": config.digest(tree), "versions": versions(),
                       "dataset": run.dataset.facts}  # fmt: skip
-        self.trainer = Trainer(run, folder=output_dir, about=self.about, stop=stop, resume_command=resume_command)
+        self.trainer = Trainer(
+            run, folder=output_dir, about=self.about, stop=stop, resume_command=resume_command, pause_at=pause_at
+        )
 
     def go(self, state: dict[str, Any] | None, hydra_files: Mapping[str, DictConfig | ListConfig]) -> float:
         """Go on from a checkpoint's state, or begin; return the objective."""
@@ -132,6 +146,8 @@ class _Execution:
                     rng.set_state(state["random"])
                 try:
                     self.trainer.fit()
+                    if self.trainer.paused:
+                        return self._pause()
                     self.trainer.finish()
                     status = "complete"
                 except DivergedError as diverged:
@@ -163,6 +179,19 @@ class _Execution:
         checkpoint.save(self.output_dir, state)  # a kill before this begins again here, and after it goes on
         tensorboard.rewind(self.output_dir, state["events"])
         log.info("trained further, from epoch %d to %d", state["epoch"], epochs)
+
+    def _pause(self) -> float:
+        """Evaluate the objective where the last checkpoint was written, and leave no trace of that in the run."""
+        run = self.run
+        tag = config.rung_metric(self.tree)
+        known = {"loss": run.evaluation.loss, **run.evaluation.metrics}
+        value = known.get(tag.partition("/")[2], math.nan) if math.isfinite(run.evaluation.loss) else math.nan
+        run.seconds += time.monotonic() - self.trainer.started
+        run.writer.close()
+        log.info("paused after step %d: %s %.4f", run.step, tag, value)
+        _write_result(run, self.output_dir, self.tree, "paused", lineage=lineage.ended(self.output_dir))
+        rungs.write(self.output_dir, run.step, value)  # last: without it the run is evaluated once more
+        return value
 
     def _finish(self, status: str) -> float:
         run = self.run
@@ -258,13 +287,15 @@ def _logdir(output_dir: Path) -> str:
     return next((shown(p) for p in output_dir.parents if p.name in ("runs", "multirun")), shown(output_dir))
 
 
-def _finished(output_dir: Path, tree: dict[str, Any]) -> float | None:
-    """The objective of a run that needs no more work, or None.
+def _finished(output_dir: Path, tree: dict[str, Any], pause_at: int | None) -> float | None:
+    """The objective of a run that needs no more work, to the step where it pauses, or None.
 
     Raises:
         ConfigError: it is to have more epochs, and has no checkpoint to go on from.
     """
     result = layout.read_result(output_dir)
+    if pause_at and layout.holds_run(output_dir) and (value := rungs.value_at(output_dir, pause_at)) is not None:
+        return value
     if not result or result.get("status") not in ("complete", "diverged"):
         return None
     if results.status(output_dir) != result["status"]:

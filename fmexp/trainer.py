@@ -46,6 +46,7 @@ class Trainer:
         about: what a checkpoint holds beside `state_dict`, such as the configuration.
         stop: ends the run after the batch in which a signal has arrived.
         resume_command: what to type to go on, printed at such a stop.
+        pause_at: end `fit` after so many steps, with a checkpoint there; None: only at the end of the training.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Trainer:
         about: dict[str, Any] | None = None,
         stop: Stop | None = None,
         resume_command: str = "",
+        pause_at: int | None = None,
     ) -> None:
         self.run, self.folder, self.about = run, folder, about or {}
+        self.pause_at = pause_at
         self.stop, self.resume_command = stop or Stop(), resume_command
         self.train_step = TrainStep(run.model, run.optimizer, clip_grad=run.cfg.train.clip_grad)
         self.step: Step | None = None  # the same, perhaps as a graph
@@ -78,8 +81,13 @@ class Trainer:
             patience=cfg.patience, min_delta=cfg.min_delta,
         )  # fmt: skip
 
+    @property
+    def paused(self) -> bool:
+        """Whether `fit` has ended before the training has."""
+        return self.run.step < self.total_steps and not self.selection.exhausted
+
     def fit(self) -> None:
-        """Train to the end.
+        """Train to the end, or to `pause_at`.
 
         Raises:
             DivergedError: the loss is not a finite number any more.
@@ -87,13 +95,14 @@ class Trainer:
         """
         run, seed = self.run, self.run.cfg.seed
         step = self.step = self.build_step()
+        until = min(self.total_steps, self.pause_at or self.total_steps)
         # tqdm reads its variable at import alone, and not where `disable` is given. None: shown on a terminal alone.
         hidden = True if os.environ.get("TQDM_DISABLE") else None
         bar = tqdm(
             total=self.total_steps, initial=run.step, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True
         )
         with bar, datasets.Workers(run.dataset, run.cfg.train.num_workers, run.device) as workers:
-            while run.step < self.total_steps and not self.selection.exhausted:
+            while run.step < until and not self.selection.exhausted:
                 order = datasets.order(seed, run.epoch, datasets.length(run.dataset.train))
                 rest = order[run.position * self.batch_size :]  # of an epoch that was begun before a stop
                 train_mode(run.model, run.cfg.train.freeze)
@@ -111,7 +120,7 @@ class Trainer:
                     loss = step(images, labels)
                     self.after_step(loss)
                     bar.update()
-                    if run.step == self.total_steps:  # train.max_steps may cut an epoch short
+                    if run.step == until:  # train.max_steps may cut an epoch short
                         break
 
     def build_step(self) -> Step:
@@ -227,7 +236,7 @@ class Trainer:
         run, every = self.run, self.checkpoint_every
         now = time.monotonic()
         due = run.step % every == 0 if every else now > self.saved + max(1.0, 100 * self.save_seconds)
-        if due or run.position == 0 or self.stop.signal:
+        if due or run.position == 0 or run.step == self.pause_at or self.stop.signal:
             self.save()
         if self.stop.signal:
             run.writer.close()

@@ -13,7 +13,7 @@ from fmexp.config.identity import (
     resolved,
 )
 from fmexp.config.location import conf_dir
-from fmexp.config.objective import is_shown, maximised
+from fmexp.config.objective import is_shown, maximised, rung_metric
 from fmexp.config.options import SCHEMAS
 from fmexp.config.schema import Config, Moment
 from fmexp.config.validate import check, closed, no_key, no_text, output_folder, without_hydra, wrong_value
@@ -21,5 +21,5 @@ from fmexp.config.validate import check, closed, no_key, no_text, output_folder,
 __all__ = [
     "NOT_IN_DIGEST", "SCHEMAS", "Config", "Moment", "check", "closed", "compose", "conf_dir", "difference", "digest",
     "flat", "hparams", "identity", "is_longer", "is_shown", "left_out", "maximised", "no_key", "no_text",
-    "output_folder", "resolved", "without_hydra", "wrong_value",
+    "output_folder", "resolved", "rung_metric", "without_hydra", "wrong_value",
 ]  # fmt: skip

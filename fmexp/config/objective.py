@@ -1,5 +1,7 @@
 """What a run may be judged by, and which way is better."""
 
+from typing import Any
+
 SPLITS = ("train", "val", "test")
 
 # The metrics of a split, <split>/<name>, and whether more of them is better.
@@ -26,6 +28,13 @@ def is_shown(tag: str, objective: str) -> bool:
     """
     split, _, name = tag.partition("/")
     return tag == objective or split not in SPLITS or name not in MORE_IS_BETTER or name in CURVES
+
+
+def rung_metric(tree: dict[str, Any]) -> str:
+    """What a run of a resolved configuration is compared by before its end: its objective, on the split that is looked
+    at while it trains."""
+    split = "val" if tree["train"]["validation"] else "test"
+    return f"{split}/{str(tree['objective']).partition('/')[2]}"
 
 
 def maximised(objective: str) -> bool:

@@ -62,9 +62,24 @@ class Search:
     params: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Halving:
+    _target_: str = f"{PACKAGE}.Halving"
+    eta: int = limited(3, least=2)  # at each rung the best 1/eta go on, to eta times as many batches
+    # batches before the first rung; null: so many that the last rung leaves fewer than eta members
+    min_steps: int | None = limited(None, least=1)
+    brackets: int = limited(1, least=1)  # of Hyperband; each begins eta times as late as the one before it
+    # null: every combination of the values; a number: so many members, drawn by chance from intervals and values
+    n_trials: int | None = limited(None, least=1)
+    seed: int = limited(0, least=0)  # draw n follows from it and from n alone
+    resume_pruned: bool = False  # true: at the end, let those go on to their end that were left behind
+    # what a recipe sweeps, such as {optimizer.lr: "tag(log, interval(1e-4, 1e-1))"}; the command line has precedence
+    params: dict[str, Any] = field(default_factory=dict)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "launcher": {"basic": LocalLauncher(), "joblib": LocalLauncher(n_jobs=-1), "slurm": SlurmLauncher()},
-    "sweeper": {"basic": Grid(), "optuna": Search()},
+    "sweeper": {"basic": Grid(), "optuna": Search(), "halving": Halving()},
 }
 
 

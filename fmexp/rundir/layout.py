@@ -20,9 +20,10 @@ RESULT, CONFIG, WEIGHTS = "result.json", ".hydra/config.yaml", "model.pt"
 LINEAGE, PATCH = ".hydra/lineage.json", ".hydra/uncommitted.patch"
 LOCK, OWNER = ".lock", ".lock.owner"
 TRACE = "trace.json.gz"
+RUNGS = "rungs.json"
 CHECKPOINT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"  # of checkpoint.py
 FILES = (
-    RESULT, CONFIG, LINEAGE, PATCH, LOCK, OWNER, TRACE, "fmexp.log", WEIGHTS, CHECKPOINT, PREVIOUS,
+    RESULT, CONFIG, LINEAGE, PATCH, LOCK, OWNER, TRACE, RUNGS, "fmexp.log", WEIGHTS, CHECKPOINT, PREVIOUS,
 )  # fmt: skip
 
 
@@ -160,10 +161,15 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     atomic.atomic_write(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
-def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], error: str, details: str = "") -> None:
+def write_failure(
+    folder: Path, tree: dict[str, Any], overrides: Sequence[str], error: str, details: str = "", killed: bool = False
+) -> None:
     """Note in a sweep member's folder that it failed before, or without, a word of its own.
 
     A folder that another process is running in, or that holds another run, or one that is complete, is left as it is.
+
+    Args:
+        killed: whether its process ended without a word: another one may do better.
 
     Raises:
         FmexpError: as `check_files`.
@@ -179,8 +185,20 @@ def write_failure(folder: Path, tree: dict[str, Any], overrides: Sequence[str], 
         write_config(folder, tree, {"overrides.yaml": OmegaConf.create(list(overrides))})
     with (folder / "fmexp.log").open("a") as file:
         file.write(f"{details or error}\n")
-    words: dict[str, Any] = {key: tree[key] for key in ("tags", "note") if key in tree}
-    write_result(folder, {**known, "status": "failed", "objective": None, **words, "error": error})
+    ended = {"status": "failed", "objective": None, **_words(tree), "error": error, "killed": killed}
+    write_result(folder, {**known, **ended})
+
+
+def write_pruned(folder: Path, tree: dict[str, Any], step: int) -> None:
+    """Note in the folder of a halving sweep's member that it does not go on from a step."""
+    known = read_result(folder) or {}
+    about = {"metrics": {}, "steps": step, "config_digest": digest(folder), **_words(tree)}
+    write_result(folder, {**about, **known, "status": "pruned", "objective": None})
+
+
+def _words(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a run is found by."""
+    return {key: tree[key] for key in ("tags", "note") if key in tree}
 
 
 def digest(folder: Path) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmexp.errors import FmexpError, first_line, printable
-from fmexp.rundir import bounded, layout
+from fmexp.rundir import bounded, layout, rungs
 
 if TYPE_CHECKING:
     from PIL import Image
 
-STATUSES = ("complete", "diverged", "failed", "running", "interrupted")
+STATUSES = ("complete", "diverged", "failed", "pruned", "paused", "running", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Result:
     """A run as its folder had it when it was read. Of a run without result.json, all but the first two are empty.
 
     Attributes:
-        status: complete, diverged or failed, as result.json says; running, while a process holds the folder; or
-            interrupted: none of these.
+        status: complete, diverged or failed, as result.json says, or of a halving sweep's member paused or pruned;
+            running, while a process holds the folder; or interrupted: none of these.
         objective: NaN while there is none.
         metrics: the latest value of each metric; those that are not finite are left out.
         steps: batches trained on.
@@ -39,6 +39,7 @@ class Result:
         tags, note: the words that the run was given to be found by; none and "" where there are none.
         git: of the code that the run began with: commit, dirty (whether tracked files were changed), patch, untracked
             and so on; empty outside of a repository.
+        rungs: step -> objective, where a halving sweep has compared the run with others.
         content: all of result.json, as it is there.
     """
 
@@ -53,6 +54,7 @@ class Result:
     tags: list[str]
     note: str
     git: dict[str, Any]
+    rungs: dict[int, float]
     content: dict[str, Any]
 
     @property
@@ -135,6 +137,9 @@ def read_complete(folder_of_run: str | Path) -> Result:
         "diverged": "it diverged. Train again in another folder; a smaller optimizer.lr is the usual cure.",
         "failed": f"it failed: {run.error}\nIts fmexp.log has more. The command that began it tries again with "
         "hydra.run.dir=<this folder>.",
+        "paused": "it waits for the other members of its halving sweep. The sweep's command goes on with it.",
+        "pruned": "its halving sweep gave it up. The sweep's command goes on with it, with "
+        "hydra.sweeper.resume_pruned=true.",
         "complete": f"{layout.WEIGHTS} is gone. Copy it back, or train again in another folder.",
     }
     if run.status != "complete" or not (run.folder / layout.WEIGHTS).exists():
@@ -143,7 +148,7 @@ def read_complete(folder_of_run: str | Path) -> Result:
 
 
 def status(path: Path) -> str:
-    """What became of the run in a folder: complete, diverged, failed, running or interrupted.
+    """What became of the run in a folder: one of STATUSES.
 
     It is interrupted, too, where no run has written its result.json: the same command goes on with it.
     """
@@ -175,6 +180,7 @@ def _read(path: Path) -> Result:
             git={
                 printable(name): _shown(value) for name, value in (content.get("lineage", {}).get("git") or {}).items()
             },
+            rungs=rungs.read(path),
             content=content,
         )
     except (AttributeError, OverflowError, TypeError, ValueError) as error:

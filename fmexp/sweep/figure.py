@@ -17,7 +17,7 @@ import numpy as np
 from fmexp import config
 from fmexp.config import maximised
 from fmexp.rundir import layout
-from fmexp.sweep.figure_data import Key, Picture, curve, plain, read
+from fmexp.sweep.figure_data import Combination, Key, Picture, curve, plain, read
 from fmexp.sweep.members import Member, folder_number
 
 STYLE = {
@@ -99,6 +99,10 @@ def _draw_lines(axis: Any, picture: Picture, of_panel: dict[str, str]) -> None:
         for place, one in zip(places, line, strict=True):
             if one is picture.best and main:
                 _mark_best(axis, place, one.mean)
+        if main:
+            left = [one for one in picture.pruned if of_panel.items() <= one.values.items()
+                    and (not lines or one.values[lines.name] == name)]  # fmt: skip
+            _mark_pruned(axis, [main.places[one.values[main.name]] + beside for one in left], left, color)
     axis.set_ylabel(picture.objective)
     if main:
         _label_axis(axis, main)
@@ -127,6 +131,7 @@ def _draw_slices(picture: Picture) -> Any:
     for axis, key in zip(axes.flat, keys, strict=False):
         places = [key.places[one.values[key.name]] for one in picture.combinations]
         axis.plot(places, [one.mean for one in picture.combinations], "o", color=COLORS[0], alpha=0.5, markersize=4)
+        _mark_pruned(axis, [key.places[one.values[key.name]] for one in picture.pruned], picture.pruned, COLORS[0])
         _mark_best(axis, key.places[picture.best.values[key.name]], picture.best.mean)
         _label_axis(axis, key)
         axis.margins(x=0.1)
@@ -166,6 +171,9 @@ def draw_curves(axis: Any, picture: Picture) -> None:
     dashed = second if second and len(picture.keys) == 2 and len(second.names) <= len(DASHES) else None
     faint = len(picture.combinations) > 30
     ends = []
+    for one in picture.pruned:
+        steps, mean, _ = curve(one, picture.tag)
+        axis.plot(steps, mean, color="0.7", linewidth=0.6, zorder=1)
     for one in picture.combinations:
         steps, mean, spread = curve(one, picture.tag)
         if not len(steps):
@@ -208,6 +216,12 @@ def _mark_best(axis: Any, place: float, value: float) -> None:
     axis.plot([place], [value], "*", color="#D55E00", markeredgecolor="black", markersize=10, zorder=5, gid="best")
 
 
+def _mark_pruned(axis: Any, places: Sequence[float], pruned: Sequence[Combination], color: str) -> None:
+    """What the members had that a halving sweep left behind, where it did so."""
+    values = [one.mean for one in pruned]
+    axis.plot(places, values, "x", color=color, alpha=0.5, markersize=4, zorder=1, gid="pruned") if values else None
+
+
 def _title(figure: Any, picture: Picture) -> Any:
     """Say what was trained, how many members there are, and which is the best."""
     chosen = config.hparams(layout.read_config(picture.members[0].folder))
@@ -216,7 +230,9 @@ def _title(figure: Any, picture: Picture) -> Any:
     scored = sum(len(one.members) for one in picture.combinations)
     count = f"{scored} trials" if picture.search else f"{scored} members"
     if without := len(picture.members) - scored:
-        count += f" ({without} more without a result)"
+        left = f"{len(picture.pruned)} more pruned: x, at their last rung" if picture.pruned else ""
+        nothing = without - len(picture.pruned)
+        count += f" ({', '.join(filter(None, [left, f'{nothing} more without a result' * (nothing > 0)]))})"
     over = f", mean and standard deviation over {picture.seeds} seeds" if picture.seeds > 1 else ""
     where = ", ".join(f"{name}={value}" for name, value in picture.best.values.items())
     best = f"best {picture.best.said} with {where}" if where else picture.best.said

@@ -5,9 +5,9 @@ import math
 import statistics
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from fmexp.config import maximised
 from fmexp.rundir import bounded, layout
-from fmexp.sweep.members import Member, group_by_keys
+from fmexp.sweep.members import Member, group_by_keys, last_rung
 
 MOST_POINTS = 200  # of a learning curve
 LARGEST_SCALAR = 4096  # bytes of an event; what is larger is a picture or a graph
@@ -68,6 +68,7 @@ class Picture:
     """What is drawn of a sweep: its combinations with an objective, and the keys that vary, the main one first.
 
     Attributes:
+        pruned: of a halving sweep the members that did not go on, with what they were compared by last as objective.
         importance: of a search: key -> its share in what makes a trial good; empty where that is not known.
     """
 
@@ -75,6 +76,7 @@ class Picture:
     objective: str
     tag: str
     combinations: list[Combination]
+    pruned: list[Combination]
     keys: list[Key]
     search: bool
     importance: dict[str, float]
@@ -90,14 +92,22 @@ class Picture:
 
 def read(root: Path, members: Sequence[Member]) -> Picture:
     """What a sweep's picture shows."""
-    varied, groups = group_by_keys(members)
-    varied = list(map(plain, varied))
-    combinations = [
-        Combination(dict(zip(varied, map(plain, values), strict=True)), group) for values, group in groups.items()
+    keys_of_all, groups = group_by_keys(members)
+    varied = list(map(plain, keys_of_all))
+
+    def combined(values: Iterable[str], group: list[Member]) -> Combination:
+        return Combination(dict(zip(varied, map(plain, values), strict=True)), group)
+
+    combinations = [combined(values, group) for values, group in groups.items()]
+    pruned = [
+        combined((member.overrides.get(key, "") for key in keys_of_all), [replace(member, objective=rung[1])])
+        for member in members
+        if member.status == "pruned" and (rung := last_rung(member)) and math.isfinite(rung[1])
     ]
     search = (root / "optuna.db").is_file()
     importance, log = _study(root) if search else ({}, {})
-    keys = [Key(name, [one.values[name] for one in combinations], log.get(name)) for name in varied if combinations]
+    every = [*combinations, *pruned]
+    keys = [Key(name, [one.values[name] for one in every], log.get(name)) for name in varied if combinations]
     keys.sort(key=lambda key: -len(key.names))  # stable: of equal ones as typed
     main = next((key for key in keys if key.numeric), None)
     if main is None and keys:
@@ -108,7 +118,14 @@ def read(root: Path, members: Sequence[Member]) -> Picture:
     first = layout.read_config(members[0].folder)
     ordered = [main, *rest] if main else []
     return Picture(
-        list(members), plain(first["objective"]), str(first["train"]["tag"]), combinations, ordered, search, importance
+        list(members),
+        plain(first["objective"]),
+        str(first["train"]["tag"]),
+        combinations,
+        pruned,
+        ordered,
+        search,
+        importance,
     )
 
 

@@ -43,6 +43,7 @@ class Job:
     folder: Path
     action: str  # train, resume or skip
     resume_command: str  # goes on with the whole sweep
+    pause_at: int | None = None  # train to this step alone
 
 
 class Composer:
@@ -119,7 +120,7 @@ def _run(job: Job) -> None:
             from fmexp.execution import execute
 
         process.resume_gc()
-        execute(job.run_cfg, job.folder, hydra_files=files, resume_command=job.resume_command)
+        execute(job.run_cfg, job.folder, hydra_files=files, resume_command=job.resume_command, pause_at=job.pause_at)
     except layout.LockedError:
         raise  # who holds the folder writes what comes of it
     except Exception as error:
@@ -170,4 +171,4 @@ def prepare_data(jobs: list[Job]) -> None:
 
 def fail(job: Job, error: str) -> None:
     """Note in a member's folder that it failed without a word of its own."""
-    layout.write_failure(job.folder, job.tree, job.overrides, error)
+    layout.write_failure(job.folder, job.tree, job.overrides, error, killed=True)

@@ -42,6 +42,7 @@ class Launcher(HydraLauncher):
         self.progress: Progress | None = None  # within `reporting`
         self.root: Path | None = None  # the sweep's folder, once it is made
         self.trees: dict[Path, dict[str, Any]] = {}  # the configurations of all members so far
+        self.metrics: tuple[str, ...] = ()  # that HPARAMS has, beside the usual ones
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -90,6 +91,13 @@ class Launcher(HydraLauncher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         root = Path(str(self.config.hydra.sweep.dir)).absolute()
         jobs = self.plan(root, job_overrides, initial_job_idx)
+        self.execute(root, jobs)
+        return [_outcome(job) for job in jobs]
+
+    def execute(self, root: Path, jobs: Sequence[Job]) -> None:
+        """Execute planned members, within `reporting`; those to skip are counted alone."""
+        if self.progress is None:
+            raise RuntimeError("execute is for the block of `reporting`")
         if self.config.sweep.dry_run:
             print(_plan_table(jobs))
             raise SystemExit(0)
@@ -101,7 +109,7 @@ class Launcher(HydraLauncher):
         atomic.atomic_write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
         self.root = root
         self.trees |= {job.folder: job.tree for job in jobs}
-        begin(root, self.trees)
+        begin(root, self.trees, self.metrics)
         if self.varied is None:  # a search says itself what it does
             log.info("sweep of %d members (%s) in %s", len(jobs), _counts(jobs), root)
         self.progress.plan([job.folder for job in jobs], [job.folder for job in todo])
@@ -112,7 +120,6 @@ class Launcher(HydraLauncher):
             processes.run(todo, workers, self.progress, fail_fast=fail_fast)
         else:
             self._one_after_another(todo, self.progress, fail_fast=fail_fast)
-        return [_outcome(job) for job in jobs]
 
     def plan(self, root: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """Compose and check members, and find what is to be done for each; nothing is written.
@@ -136,12 +143,12 @@ class Launcher(HydraLauncher):
             known = next((path for path in found.get(digest, ()) if path not in taken), None)
             path = known or free_folder(root, number, overrides, varied, taken, digest)
             taken.add(path)
-            action = _action(path, tree)
+            todo = action(path, tree)
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
                 cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir = str(root), path.name
                 cfg.hydra.runtime.output_dir = str(path)
-            jobs.append(Job(number, list(overrides), cfg, run_cfg, tree, path, action, command))
+            jobs.append(Job(number, list(overrides), cfg, run_cfg, tree, path, todo, command))
         return jobs
 
     def _one_after_another(self, jobs: list[Job], progress: Progress, *, fail_fast: bool) -> None:
@@ -157,11 +164,11 @@ class Launcher(HydraLauncher):
                     break
 
 
-def _counts(jobs: list[Job]) -> str:
+def _counts(jobs: Sequence[Job]) -> str:
     return ", ".join(f"{sum(job.action == word for job in jobs)} to {word}" for word in ("train", "resume", "skip"))
 
 
-def _plan_table(members: list[Job]) -> str:
+def _plan_table(members: Sequence[Job]) -> str:
     varied = varied_keys([member.overrides for member in members])
     rows = [["member", *varied, "action", "folder"]]
     for member in members:
@@ -170,7 +177,7 @@ def _plan_table(members: list[Job]) -> str:
     return f"{aligned(rows)}\n\n{len(members)} members: {_counts(members)}. Nothing was written."
 
 
-def _action(path: Path, tree: dict[str, Any]) -> str:
+def action(path: Path, tree: dict[str, Any]) -> str:
     """What is to be done for the member of a folder."""
     if not layout.holds_run(path):
         return "train"

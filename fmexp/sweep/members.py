@@ -114,9 +114,27 @@ def objective_of(root: Path) -> str:
 
 
 def ranked(members: Sequence[M], objective: str) -> list[M]:
-    """The members, best first, those without an objective at the end."""
+    """The members, best first, those without an objective at the end: of a halving sweep by how far they came, and by
+    what they were compared by there."""
     sign = -1 if maximised(objective) else 1
-    return sorted(members, key=lambda m: (1, 0.0) if math.isnan(m.objective) else (0, sign * m.objective))
+
+    def place(member: M) -> tuple[int, int, float]:
+        if not math.isnan(member.objective):
+            return 0, 0, sign * member.objective
+        step, value = last_rung(member) or (0, math.nan)
+        return 1, -step, math.inf if math.isnan(value) else sign * value
+
+    return sorted(members, key=place)
+
+
+def last_rung(member: results.Result) -> tuple[int, float] | None:
+    """The step of the last rung that a halving sweep's member came to, and its objective there."""
+    return next(reversed(member.rungs.items()), None)
+
+
+def rung_tag(objective: str) -> str:
+    """The name of what members are compared by before their end."""
+    return f"rung/{objective.partition('/')[2] or objective}"
 
 
 def group_by_keys(members: Sequence[Member]) -> tuple[list[str], dict[tuple[str, ...], list[Member]]]:

@@ -7,6 +7,7 @@ from hydra.core.plugins import Plugins
 
 from fmexp.config.plugin_options import PACKAGE
 from fmexp.sweep.grid import Grid
+from fmexp.sweep.halving import Halving
 from fmexp.sweep.launcher import Launcher
 from fmexp.sweep.search import Search
 
@@ -19,6 +20,6 @@ def register() -> None:
     """
     sys.modules.setdefault("hydra_plugins", types.ModuleType("hydra_plugins"))
     sys.modules[PACKAGE] = sys.modules[__name__]
-    for plugin in (Launcher, Grid, Search):
+    for plugin in (Launcher, Grid, Search, Halving):
         plugin.__module__ = PACKAGE
         Plugins.instance().register(plugin)

@@ -14,13 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fmexp import config
 from fmexp.config import maximised
 from fmexp.errors import FmexpError, printable
-from fmexp.rundir import bounded, layout, results
+from fmexp.rundir import bounded, layout, results, rungs
 
 log = logging.getLogger(__name__)
 
-ENDED = ("complete", "diverged", "failed")
+ENDED = ("complete", "diverged", "failed", "paused", "pruned")
 DETAILS = 12  # last lines of the log of a member that failed
 EVERY_S = 60  # seconds between two lines on the whole sweep, where there is no bar
 NAME = 50  # letters of a folder's name that lines are aligned to
@@ -42,6 +43,7 @@ class Progress:
         self.total, self.objective = total, objective
         self.members: dict[Path, str] = {}  # of those that have ended the status; of the others ""
         self.running: set[Path] = set()
+        self.rungs: dict[Path, dict[int, float]] = {}  # where members had paused before they were to go on
         self.best: results.Result | None = None
         self.began = self.spoke = time.monotonic()
         self.before = 0  # members that had ended before this command
@@ -70,7 +72,7 @@ class Progress:
     @property
     def complete(self) -> bool:
         """Whether no member needs more work."""
-        return not self.not_begun and set(self.members.values()) <= {"complete", "diverged"}
+        return not self.not_begun and set(self.members.values()) <= {"complete", "diverged", "pruned"}
 
     def plan(self, members: Iterable[Path], todo: Iterable[Path]) -> None:
         """Take up more members, of which those in `todo` are still to be executed, and show the bar."""
@@ -81,6 +83,7 @@ class Progress:
                 self._note(results.read(path))
             elif path in todo:
                 self.members[path] = ""
+                self.rungs[path] = rungs.read(path)
         if self._bar is None and todo and sys.stderr.isatty() and not os.environ.get(QUIET):
             shape = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
             self._bar = tqdm(total=self.total, initial=self.before, desc="sweep", bar_format=shape, smoothing=0,
@@ -115,7 +118,8 @@ class Progress:
         with self._lock:
             self.running = {path for path, state in states.items() if state == "running"}
         for path, state in states.items():
-            if state in ("complete", "diverged"):  # one that failed may be from before its job began
+            on = state == "paused" and rungs.read(path) != self.rungs.get(path, {})
+            if on or state in ("complete", "diverged"):  # one that failed may be from before its job began
                 self.ended(path)
 
     def say(self, words: str, level: int = logging.INFO) -> None:
@@ -123,6 +127,11 @@ class Progress:
         above: AbstractContextManager[Any] = tqdm.external_write_mode() if self._bar is not None else nullcontext()
         with self._lock, above:
             log.log(level, printable(words))
+
+    def pruned(self, path: Path) -> None:
+        """Take up that a member does not go on."""
+        with self._lock:
+            self._note(results.read(path))
 
     def _note(self, result: results.Result) -> None:
         self.members[result.folder] = result.status if result.status in ENDED else ""
@@ -144,8 +153,12 @@ class Progress:
             error = (result.error.splitlines() or [""])[0]
             details = [] if details == [error] else details
             return "\n".join([f"{line}failed: {error}", *(f"    {detail}" for detail in details)])
-        line += f"{self.objective} {result.objective:.4f}" if result.status == "complete" else result.status
-        if result.status in ("complete", "diverged"):
+        if result.status == "paused" and result.rungs:
+            step, value = list(result.rungs.items())[-1]
+            line += f"step {step}: {config.rung_metric(layout.read_config(result.folder))} {value:.4f}"
+        else:
+            line += f"{self.objective} {result.objective:.4f}" if result.status == "complete" else result.status
+        if result.status in ("complete", "diverged", "paused"):
             line += f"  {result.seconds:.1f} s"
         if result.failures:
             line += f"  stages that failed: {', '.join(result.failures)}"

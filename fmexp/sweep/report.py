@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import shutil
 import socket
@@ -16,15 +17,17 @@ from typing import Any
 from fmexp import config
 from fmexp.config.overrides import varied_keys
 from fmexp.errors import printable
-from fmexp.rundir import atomic, layout
+from fmexp.rundir import atomic, bounded, layout
 from fmexp.sweep.members import (
     Member,
     group_by_keys,
+    last_rung,
     member_folders,
     objective_of,
     override_words,
     ranked,
     read,
+    rung_tag,
 )
 from fmexp.sweep.seeds import statistics_table
 from fmexp.tables import aligned, csv_text, number
@@ -36,13 +39,17 @@ SHOWN_NOTE = 40  # letters of a note in the console's table
 SHORTEST_FOLDER = 12  # letters of a folder's name, where a terminal is narrow
 # What remains longest in a narrow terminal, after the objective; other metrics go first.
 FIRST_METRICS = {"test/accuracy": 0, "test/loss": 1, "train/loss": 2}
-STATUSES = ("complete", "diverged", "failed", "running", "interrupted", "not begun")
+STATUSES = ("complete", "pruned", "paused", "diverged", "failed", "running", "interrupted", "not begun")
 SUFFIX = ".sweep"  # of the event files that a sweep writes itself
 WRITTEN = ("sweep.csv", "replicates.csv", "sweep.png", "sweep.svg")
 
 
-def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
-    """Choose HPARAMS' columns for all members, those of earlier commands too, once, at the sweep's root."""
+def begin(root: Path, trees: dict[Path, dict[str, Any]], more: Sequence[str] = ()) -> None:
+    """Choose HPARAMS' columns for all members, those of earlier commands too, once, at the sweep's root.
+
+    Args:
+        more: names of metrics beside the usual ones.
+    """
     from tensorboard.plugins.hparams import summary_v2 as hp
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -63,6 +70,7 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
         "test/loss",
         first["train"]["tag"],
         "wall_seconds",
+        *more,
     )
     metrics = [hp.Metric(tag) for tag in dict.fromkeys(tags)]
     summary = hp.hparams_config_pb([hp.HParam(name) for name in shown], metrics)
@@ -77,9 +85,10 @@ def begin(root: Path, trees: dict[Path, dict[str, Any]]) -> None:
 def table(
     root: Path, members: Sequence[Member], digits: int | None = 4, objective: str | None = None
 ) -> list[list[str]]:
-    """Rows of text, the first the heads: varied keys, tags and note, metrics, status, seconds, folder.
+    """Rows of text, the first the heads: varied keys, tags and note, metrics, rungs, status, seconds, folder.
 
-    Numbers and notes are in full without `digits`. There are no columns of tags and notes where no member has any. The
+    Numbers and notes are in full without `digits`. There are no columns of tags and notes where no member has any, and
+    those of the last rung, its step and what the objective was there, are for halving sweeps. The
     members are ranked by the objective of those in `root`, or as that says.
     """
     varied = varied_keys(override_words(members))
@@ -88,11 +97,15 @@ def table(
     objective = objective or objective_of(root)
     metrics = list(dict.fromkeys(name for member in members for name in member.metrics if name != "seconds"))
     metrics = [name for name in metrics if config.is_shown(name, objective)]
-    rows = [[*varied, *said, *metrics, "status", "seconds", "folder"]]
+    halving = ["rung", rung_tag(objective)] if any(member.rungs for member in members) else []
+    rows = [[*varied, *said, *metrics, *halving, "status", "seconds", "folder"]]
     for member in ranked(members, objective):
         values = [number(member.metrics[name], digits) if name in member.metrics else "" for name in metrics]
         keys = [*(member.overrides.get(key, "") for key in varied), *(words[member.folder][name] for name in said)]
         seconds = number(member.seconds, digits and 1)
+        if halving:
+            step, value = last_rung(member) or ("", math.nan)
+            values += [str(step), number(value, digits) if step else ""]
         rows.append([*keys, *values, member.status, seconds, member.name])
     return rows
 
@@ -158,6 +171,10 @@ def conclude(root: Path, not_begun: int = 0) -> str:
         if atomic.disk_full(error):
             raise
         written = f"not written to {root}: {error.strerror}"  # somebody else's folder
+    halved = [
+        "pruned: ended at a rung, by the objective there, and not ranked with what is complete; "
+        "hydra.sweeper.resume_pruned=true lets them go on"
+    ] * any(member.status == "pruned" for member in members)
     counts = Counter(member.status for member in members) + Counter({"not begun": not_begun})
     failures = [
         f"failed: {member.name}: {(member.error.splitlines() or [''])[0]} (more in its fmexp.log)"
@@ -170,7 +187,7 @@ def conclude(root: Path, not_begun: int = 0) -> str:
     ] * (objective.startswith("test/") and len(members) > 1)
     said = ", ".join(f"{counts[name]} {name}" for name in STATUSES if counts[name])
     return "\n".join(
-        [*printed(rows, groups, objective), "", *failures, *by_test, f"{sum(counts.values())} members: {said}",
+        [*printed(rows, groups, objective), "", *failures, *halved, *by_test, f"{sum(counts.values())} members: {said}",
          printable(written)]
     )  # fmt: skip
 
@@ -186,6 +203,14 @@ def printed(
     if len(rows) > SHOWN + 1:
         lines.append(f"... and {len(rows) - SHOWN - 1} more in {file}")
     return [aligned(shown), *lines, *(["", aligned(groups)] if groups else [])]
+
+
+def write_rungs(folder: Path, tag: str, values: dict[int, float]) -> None:
+    """Let TensorBoard show what a member was compared by, which has no other end; a run that goes on removes this."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    points = [(step, Summary(value=[Summary.Value(tag=tag, simple_value=value)])) for step, value in values.items()]
+    _write_file(folder, points)
 
 
 def _write_summary(root: Path, rows: list[list[str]], picture: bytes) -> None:
@@ -220,20 +245,29 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
 
 def _write_events(path: Path, summaries: Sequence[Any]) -> None:
     """Write an event file in place of the sweep's one before; those of others are left alone, and so is a run."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
     if layout.holds_run(path) or path.is_symlink() or path.is_file():  # a run of that name, or another's
         log.warning("%s is not the sweep's own, and is left alone", printable(str(path)))
         return
     path.mkdir(exist_ok=True)
+    _write_file(path, [(0, summary) for summary in summaries])
+
+
+def _write_file(path: Path, summaries: Sequence[tuple[int, Any]]) -> None:
+    """Write an event file of the sweep's into a folder, with the step of each summary, in place of the one before."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
     old = list(path.glob(f"events.out.tfevents.*{SUFFIX}"))
     now, content = time.time_ns(), io.BytesIO()
-    events = [Event(file_version="brain.Event:2"), *(Event(step=0, summary=summary) for summary in summaries)]
+    events = [Event(file_version="brain.Event:2"), *(Event(step=step, summary=one) for step, one in summaries)]
     for event in events:
         event.wall_time = now / 1e9
         RecordWriter(content).write(event.SerializeToString())
-    name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}{SUFFIX}"
+    others = [
+        word for file in bounded.event_files(path) if file not in old and (word := file.name.split(".")[3]).isdigit()
+    ]
+    second = max(now // 10**9, *(int(word) + 1 for word in others), 0)  # TensorBoard reads them by their names
+    name = f"events.out.tfevents.{second}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}{SUFFIX}"
     atomic.atomic_write(path / name, content.getvalue())  # SummaryWriter would write in a thread, and print its errors
     for file in old:
         file.unlink(missing_ok=True)

@@ -1,0 +1,320 @@
+"""Successive halving: a sweep that stops the hopeless early (Jamieson and Talwalkar, 2016), by Hyperband's brackets.
+
+All members begin with their final configuration and pause at the first rung. The best 1/eta of them go on from their
+checkpoints to the next one, at eta times as many batches, and so on; the last ones train to their end. Each decision
+waits for all members, and follows from what their folders keep (rungs.json). So it is the same for any number of
+workers and after any stop, and a survivor has the bits of a run that was alone.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import configure_log, setup_globals
+
+from fmexp import config
+from fmexp.config.overrides import varied_keys
+from fmexp.errors import ConfigError, FmexpError
+from fmexp.process import block_signals
+from fmexp.rundir import atomic, layout, results, rungs
+from fmexp.sweep.grid import Parsing, choices, expand
+from fmexp.sweep.job import Job
+from fmexp.sweep.launcher import action
+from fmexp.sweep.members import rung_tag
+from fmexp.sweep.progress import Progress
+from fmexp.sweep.report import write_rungs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Who is compared when, which is known before anything is trained.
+
+    Args:
+        sizes: how many members each bracket begins with; bracket b has its first rung at rung b.
+        steps: the batches after which each rung compares.
+    """
+
+    eta: int
+    sizes: list[int]
+    steps: list[int]
+
+    def kept(self, bracket: int, rung: int) -> int:
+        """How many of a bracket go on from a rung; at least one."""
+        most: int = self.eta ** (rung - bracket + 1)
+        return max(1, self.sizes[bracket] // most)
+
+    @cached_property
+    def said(self) -> str:
+        """The rungs in words."""
+        counts = [
+            sum(self.kept(b, rung) if b <= rung else size for b, size in enumerate(self.sizes))
+            for rung in range(len(self.steps))
+        ]
+        return ", ".join(f"{count} from {step:,}" for count, step in zip(counts, self.steps, strict=True))
+
+
+class Halving(Parsing):
+    """Trains all members for a while, lets the best 1/`eta` go on from where they are, and so on to the end."""
+
+    def sweep(self, arguments: list[str]) -> float:
+        """Execute what is left of the sweep, and return the best objective, NaN where no member is complete."""
+        configure_log(self.cfg.hydra.hydra_logging, self.cfg.hydra.verbose)
+        setup_globals()
+        words = _members(self.parse(arguments), self.options.n_trials, self.options.seed)
+        self.launcher.varied = varied_keys(words)
+        self.root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
+        jobs: list[Job] = self.launcher.plan(self.root, words, 0)
+        _check_comparable(jobs)
+        with self.launcher.reporting(len(jobs)) as progress:
+            if self.cfg.sweep.dry_run:
+                self.launcher.execute(self.root, jobs)  # which says what it would do, and leaves
+            self.totals = dict(zip((job.folder for job in jobs), _total_steps(jobs), strict=True))
+            brackets, ladder = self._arranged(jobs)
+            self.launcher.trees = {job.folder: job.tree for job in jobs}  # HPARAMS' columns are those of all
+            self.launcher.metrics = (rung_tag(str(jobs[0].tree["objective"])),)
+            log.info("halving of %d members in %s: %s go on, to the end at %s batches", len(jobs), self.root,
+                     ladder.said, f"{max(self.totals.values()):,}")  # fmt: skip
+            self._climb(brackets, ladder, progress)
+        return self._concluded(jobs)
+
+    def _arranged(self, jobs: list[Job]) -> tuple[list[list[Job]], Ladder]:
+        """The members of each bracket, and the rungs.
+
+        Raises:
+            ConfigError: there would be nothing to decide.
+        """
+        eta, count, total = self.options.eta, self.options.brackets, max(self.totals.values())
+        first = self.options.min_steps
+        if first is None:
+            count_of_rungs = max(1, int(math.log(len(jobs), eta) + 1e-9))
+            first = math.ceil(total / eta**count_of_rungs)
+        if first >= total:
+            raise ConfigError(
+                f"hydra.sweeper.min_steps={first} must be below the {total:,} batches of a member, for nothing would "
+                f"end early. Take fewer, such as {max(1, total // eta**2)}, or a longer run."
+            )
+        steps = [first]
+        while steps[-1] * eta < total:
+            steps.append(steps[-1] * eta)
+        if count > len(steps) + 1 or count > len(jobs):
+            most = min(len(steps) + 1, len(jobs))
+            raise ConfigError(
+                f"hydra.sweeper.brackets={count} must be at most {most}, for there are {len(jobs)} members and "
+                f"{len(steps)} rungs (at {', '.join(map(str, steps))} of {total:,} batches)."
+            )
+        brackets = _brackets(jobs, count, eta)
+        return brackets, Ladder(eta, [len(bracket) for bracket in brackets], steps)
+
+    def _climb(self, brackets: list[list[Job]], ladder: Ladder, progress: Progress) -> None:
+        """Train the members of each bracket from rung to rung, and those that are left to their end."""
+        left, pruned = [list(bracket) for bracket in brackets], []
+        for rung, step in enumerate(ladder.steps):
+            compared = range(min(rung + 1, len(left)))
+            self._train([job for bracket in compared for job in left[bracket]], step)
+            metric = config.rung_metric(left[0][0].tree) if left[0] else ""
+            others = []
+            for bracket in compared:
+                best = _best(left[bracket], step, ladder.kept(bracket, rung))
+                others += [job for job in left[bracket] if job not in best]
+                left[bracket] = best
+            pruned += others
+            if not self.options.resume_pruned:
+                self._prune(others, step, progress)
+            on = [job for bracket in compared for job in left[bracket]]
+            count = len(on) + len(others)
+            progress.say(f"after {step:,} batches {len(on)} of {count} members go on{_values(on, step, metric)}")
+        self._train([job for bracket in left for job in bracket], None)
+        if self.options.resume_pruned:
+            self._train(sorted(pruned, key=lambda job: job.number), None)
+
+    def _prune(self, jobs: Sequence[Job], step: int, progress: Progress) -> None:
+        """Note of members that they do not go on from a step; one that failed on the way there has failed."""
+        for job in jobs:
+            if rungs.value_at(job.folder, step) is not None:
+                with suppress(layout.LockedError), layout.lock(job.folder):  # another sweep may want it to go on
+                    if (layout.read_result(job.folder) or {}).get("status") not in ("complete", "diverged", "pruned"):
+                        atomic.remove_leftovers(job.folder)
+                        write_rungs(job.folder, rung_tag(str(job.tree["objective"])), rungs.read(job.folder))
+                        layout.write_pruned(job.folder, job.tree, step)  # last: then nothing is left to be done
+            if layout.holds_run(job.folder):
+                progress.pruned(job.folder)
+
+    def _train(self, jobs: Sequence[Job], step: int | None) -> None:
+        """Let members train to a step, or to their end; those whose process was killed once more.
+
+        Raises:
+            FmexpError: a member was stopped, so that nothing can be decided yet.
+        """
+        for again in (False, True):
+            todo = {job.folder for job in jobs if _is_open(job, step, again=again)}
+            if again and not todo:
+                break
+            self.launcher.execute(
+                self.root,
+                [
+                    replace(job, pause_at=step, action="train" if job.folder in todo else "skip")
+                    for job in sorted(jobs, key=lambda job: job.number)
+                ],
+            )
+            if self.cfg.sweep.fail_fast and any(results.status(job.folder) == "failed" for job in jobs):
+                raise FmexpError("sweep.fail_fast=true: a member failed; the same command goes on.")
+        if stopped := [job.folder.name for job in jobs if _is_open(job, step, again=True) and not _failed(job)]:
+            raise FmexpError(f"{', '.join(stopped[:5])} was stopped; the same command goes on.")
+
+    def _concluded(self, jobs: list[Job]) -> float:
+        """Say what the sweep cost beside the whole grid, and what came of it."""
+        found = {job.folder: results.read(job.folder) for job in jobs}
+        ended = {
+            job.folder for job in jobs if action(job.folder, job.tree) == "skip"
+        }  # perhaps early, by train.patience
+        trained = sum(result.steps for result in found.values())
+        whole = sum(found[path].steps if path in ended else total for path, total in self.totals.items())
+        print(f"trained {trained:,} of the {whole:,} batches of all {len(jobs)} members ({trained / whole:.1%})")
+        if failed := sum(result.status == "failed" for result in found.values()):
+            raise FmexpError(f"{failed} of {len(jobs)} members have no result; the same command goes on with them.")
+        better = max if config.maximised(str(jobs[0].tree["objective"])) else min
+        return better((r.objective for r in found.values() if not math.isnan(r.objective)), default=math.nan)
+
+
+def _is_open(job: Job, step: int | None, *, again: bool) -> bool:
+    """Whether a member has to be trained to come to a step, or to its end.
+
+    Args:
+        again: no more where it has failed by itself; it would do so once more.
+    """
+    if step is not None and rungs.value_at(job.folder, step) is not None:
+        return False
+    if action(job.folder, job.tree) == "skip":
+        return False
+    return not (again and _failed(job) and not (layout.read_result(job.folder) or {}).get("killed"))
+
+
+def _failed(job: Job) -> bool:
+    return results.status(job.folder) == "failed"
+
+
+def _best(jobs: Sequence[Job], step: int, count: int) -> list[Job]:
+    """So many of the best at a step, of equal ones the first; never one without a finite objective there.
+
+    A member that some other command has trained to its end, without a pause, is in nobody's way.
+    """
+    values = {job.number: rungs.value_at(job.folder, step) for job in jobs}
+    known = [job for job in jobs if (value := values[job.number]) is not None and math.isfinite(value)]
+    sign = -1 if jobs and config.maximised(config.rung_metric(jobs[0].tree)) else 1
+    return sorted(known, key=lambda job: (sign * (values[job.number] or 0.0), job.number))[:count]
+
+
+def _values(jobs: Sequence[Job], step: int, metric: str) -> str:
+    """The objective that was enough to go on from a step, in words."""
+    values = [value for job in jobs if (value := rungs.value_at(job.folder, step)) is not None]
+    if not values:
+        return ""
+    return f", with {metric} from {min(values):.4f} to {max(values):.4f}"
+
+
+def _brackets(jobs: Sequence[Job], count: int, eta: int) -> list[list[Job]]:
+    """The members of each bracket, in Hyperband's proportions. Which one a member is in depends on its number alone."""
+    sizes = [math.ceil(count * eta**s / (s + 1)) for s in reversed(range(count))]
+    found: list[list[Job]] = [[] for _ in sizes]
+    for number, job in enumerate(jobs, 1):
+        lacks = [size * number / sum(sizes) - len(bracket) for size, bracket in zip(sizes, found, strict=True)]
+        found[lacks.index(max(lacks))].append(job)
+    return found
+
+
+def _members(overrides: Sequence[Override], count: int | None, seed: int) -> list[list[str]]:
+    """The overrides of each member: every combination, or so many draws.
+
+    Raises:
+        ConfigError: there is nothing to compare, or to draw from.
+    """
+    words = {override.get_key_element(): override for override in overrides}
+    swept = {key: word for key, word in words.items() if word.is_sweep_override()}
+    intervals = [word for word in swept.values() if isinstance(word.value(), IntervalSweep)]
+    if count is None:
+        if intervals:
+            raise ConfigError(
+                f"{intervals[0].input_line}: an interval is drawn from: say how often, such as "
+                "hydra.sweeper.n_trials=27; or name values: a,b."
+            )
+        found = expand(overrides)
+    elif not intervals:
+        raise ConfigError(
+            f"hydra.sweeper.n_trials={count} draws from intervals, and there is none, such as "
+            '"optimizer.lr=tag(log, interval(1e-4, 1e-1))". For every combination of values leave it null.'
+        )
+    else:
+        fixed = [f"{key}={word.get_value_element_as_str()}" for key, word in words.items() if key not in swept]
+        drawn = [[f"{key}={_draw(word, key, n, seed)}" for key, word in swept.items()] for n in range(count)]
+        found = [[*fixed, *member] for member in dict.fromkeys(map(tuple, drawn))]
+    if len(found) < 2:
+        raise ConfigError(
+            "hydra/sweeper=halving compares members, and there is one: give it values, such as optimizer.lr=0.1,0.01."
+        )
+    return found
+
+
+def _draw(word: Override, key: str, number: int, seed: int) -> str:
+    """What a member gets of a key: by chance, from the sweep's seed, the member's number and the key alone.
+
+    Raises:
+        ConfigError: it is no interval.
+    """
+    share = random.Random(f"{seed}/{number}/{key}").random()
+    value: Any = word.value()
+    if not isinstance(value, IntervalSweep):
+        found = choices(word)
+        return found[int(share * len(found))]
+    low, high = value.start, value.end
+    whole, log_scale = isinstance(low, int) and isinstance(high, int), "log" in value.tags
+    if low is None or high is None or not low < high or not math.isfinite(high - low) or (log_scale and low <= 0):
+        ends = "from above 0 " * log_scale + "to a larger number"
+        raise ConfigError(f"{word.input_line} cannot be drawn from: an interval is {ends}.")
+    if whole:  # each number has the interval from it to the next one
+        high += 1
+    drawn = math.exp(math.log(low) + share * math.log(high / low)) if log_scale else low + share * (high - low)
+    return str(min(int(drawn), high - 1)) if whole else f"{drawn:.6g}"
+
+
+def _check_comparable(jobs: Sequence[Job]) -> None:
+    """Raise ConfigError where the members cannot be compared at a rung, or cannot go on from it."""
+    if not all(job.tree["resume"] for job in jobs):
+        raise ConfigError(
+            "resume=false: the members of hydra/sweeper=halving go on from rung to rung. Leave it out, and name a new "
+            "folder with hydra.sweep.dir=<folder>."
+        )
+    names = {str(job.tree["objective"]) for job in jobs}
+    if len(names) > 1:
+        raise ConfigError(f"objective={','.join(sorted(names))}: the members are compared by one objective. Name one.")
+    (name,) = names
+    if name.partition("/")[0] not in ("val", "test") or name in {str(job.tree["train"]["tag"]) for job in jobs}:
+        raise ConfigError(
+            f"objective={name} is not measured at a rung of hydra/sweeper=halving: take a metric of an evaluation, "
+            "such as objective=val/accuracy with train.validation=0.1."
+        )
+
+
+def _total_steps(jobs: Sequence[Job]) -> list[int]:
+    """How many batches each member has in all. Loads each dataset, once."""
+    with block_signals():  # a signal's exception in the midst of torch's import aborts the process
+        from fmexp.build import build_dataset
+        from fmexp.run import total_steps
+
+    known: dict[str, int] = {}
+    totals = []
+    for job in jobs:
+        train = job.tree["train"]
+        key = str([job.tree["dataset"], *(train[name] for name in ("validation", "batch_size", "epochs", "max_steps"))])
+        if key not in known:
+            known[key] = total_steps(job.run_cfg, build_dataset(job.run_cfg))
+        totals.append(known[key])
+    return totals
