@@ -4,7 +4,7 @@
 
 First the grid of nine learning rates and three momenta, then the same by halving, undisturbed; then by halving again
 with 1 and with 2 workers, each killed three times at random, with all its processes. Decisions are compared by
-rungs.json and statuses, bits by the SHA-256 of model.pt and of the events' content.
+rungs.json and statuses, bits by the SHA-256 of model.pt and of all scalars.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,17 +46,21 @@ def run(root: Path, *words: str) -> float:
     return time.monotonic() - began
 
 
-def kill(root: Path, *words: str, after_s: float) -> None:
-    """Start a sweep and SIGKILL it with its workers, which have process groups of their own, after some seconds."""
+def kill(root: Path, *words: str, after: int, and_s: float) -> None:
+    """Start a sweep and SIGKILL it with its workers, which have process groups of their own, some seconds after so many
+    values of rungs are there."""
     process = start(root, *words)
-    time.sleep(after_s)
+    while noted(root) < after and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(and_s)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     pids = [process.pid, *map(int, children.read_text().split())] if children.exists() else [process.pid]
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-    print(f"  killed after {after_s:.1f} s: {noted(root)} values of rungs", flush=True)
+    states = Counter(m.status for m in sweep.read(root))
+    print(f"  killed at {noted(root)} values of rungs; members: {dict(states)}", flush=True)
 
 
 def noted(root: Path) -> int:
@@ -106,8 +111,8 @@ def main() -> None:
     for workers, launcher in WORKERS.items():
         root = args.folder / f"killed{workers}"
         print(f"{workers} worker(s), killed three times:")
-        for _ in range(3):
-            kill(root, *words, *launcher, after_s=chosen.uniform(0.15, 0.6) * seconds * 2 / workers)
+        for after in sorted(chosen.sample(range(noted(truth) + 1), 3)):
+            kill(root, *words, *launcher, after=after, and_s=chosen.uniform(0, 3))
         run(root, *words, *launcher)
         same = decisions(root) == decisions(truth)
         print(f"  the same decisions: {same}; the same bits: {digests(root) == ours}")

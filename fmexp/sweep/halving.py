@@ -173,9 +173,8 @@ class Halving(Parsing):
     def _concluded(self, jobs: list[Job]) -> float:
         """Say what the sweep cost beside the whole grid, and what came of it."""
         found = {job.folder: results.read(job.folder) for job in jobs}
-        ended = {
-            job.folder for job in jobs if action(job.folder, job.tree) == "skip"
-        }  # perhaps early, by train.patience
+        # Some of these have ended early, by train.patience.
+        ended = {job.folder for job in jobs if action(job.folder, job.tree) == "skip"}
         trained = sum(result.steps for result in found.values())
         whole = sum(found[path].steps if path in ended else total for path, total in self.totals.items())
         print(f"trained {trained:,} of the {whole:,} batches of all {len(jobs)} members ({trained / whole:.1%})")
