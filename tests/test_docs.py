@@ -47,6 +47,7 @@ PLACES = {
 # A word of a command -> what is added so that nothing is trained, and why.
 NOT_HERE = {
     "hydra/launcher=slurm": ("sweep.dry_run=true", "needs Slurm: tests/sweep/test_slurm.py looks for one"),
+    "hydra/sweeper=halving": ("sweep.dry_run=true", "has no rungs in four batches: tests/sweep/test_halving.py has more"),
     "hydra/launcher=joblib": ("sweep.dry_run=true", "starts processes, which takes its time: tests/sweep has them"),
     "model.pretrained=true": ("--cfg=job", "downloads weights: tests/test_models.py has such a file"),
     "weights=runs/first": ("--cfg=job", "is a run of another command: tests/test_weights.py has one"),
@@ -58,7 +59,7 @@ NOT_HERE = {
 QUICK = ("train.max_steps=4", "train.num_workers=0", "device=cpu")
 DRAWN = ("dataset.train_size=64", "dataset.test_size=40")
 # How many members a sweep has whose values are in a recipe; two trials are enough of a search.
-MEMBERS = {"experiment=lr_sweep": 10, "experiment=model_comparison": 8, "optuna": 2}
+MEMBERS = {"experiment=lr_sweep": 10, "experiment=model_comparison": 8, "optuna": 2, "n_trials=27": 27}
 
 
 # Reading

@@ -11,7 +11,7 @@ from fmexp.errors import ConfigError, FmexpError, first_line, printable
 from fmexp.rundir import layout
 from fmexp.sweep.compare import Entry
 
-STATUSES = ("failed", "interrupted", "diverged")  # never what is complete or running
+STATUSES = ("failed", "interrupted", "diverged", "pruned", "paused")  # never what is complete or running
 PARTS = ("seed", "objective", "train", "dataset", "model", "optimizer")  # of every configuration of fmexp's
 
 # What a run, its stages and its writer leave beside `layout.FILES`. The projector has <step>/<tag>/ with three files.

@@ -52,6 +52,16 @@ class Ladder:
         most: int = self.eta ** (rung - bracket + 1)
         return max(1, self.sizes[bracket] // most)
 
+    def batches(self, total: int) -> int:
+        """How many batches all members train together, where each has `total` and nobody fails."""
+        ends = [*self.steps, total]
+        climbs = [
+            size * ends[b]
+            + sum(self.kept(b, rung) * (ends[rung + 1] - ends[rung]) for rung in range(b, len(self.steps)))
+            for b, size in enumerate(self.sizes)
+        ]
+        return sum(climbs)
+
     @cached_property
     def said(self) -> str:
         """The rungs in words."""
@@ -83,6 +93,9 @@ class Halving(Parsing):
             self.launcher.metrics = (rung_tag(str(jobs[0].tree["objective"])),)
             log.info("halving of %d members in %s: %s go on, to the end at %s batches", len(jobs), self.root,
                      ladder.said, f"{max(self.totals.values()):,}")  # fmt: skip
+            every = list(self.totals.values())
+            known = {job.folder: _trained(job) for job in jobs}
+            progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), known)
             self._climb(brackets, ladder, progress)
         return self._concluded(jobs)
 
@@ -195,6 +208,12 @@ def _is_open(job: Job, step: int | None, *, again: bool) -> bool:
     if action(job.folder, job.tree) == "skip":
         return False
     return not (again and _failed(job) and not (layout.read_result(job.folder) or {}).get("killed"))
+
+
+def _trained(job: Job) -> int:
+    """How many batches a member is known to have trained on: to its last pause, or its end."""
+    steps = (layout.read_result(job.folder) or {}).get("steps", 0)
+    return max([steps if isinstance(steps, int) else 0, *rungs.read(job.folder)])
 
 
 def _failed(job: Job) -> bool:

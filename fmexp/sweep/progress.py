@@ -47,6 +47,8 @@ class Progress:
         self.best: results.Result | None = None
         self.began = self.spoke = time.monotonic()
         self.before = 0  # members that had ended before this command
+        self.trained: dict[Path, int] = {}  # batches of each member that has paused or ended
+        self.planned: int | None = None  # batches of the whole command, where the time left is estimated by these
         self._lock = threading.RLock()
         self._bar: Any = None
         self._left = threading.Event()
@@ -66,6 +68,19 @@ class Progress:
         return sum(map(bool, self.members.values()))
 
     @property
+    def amount(self) -> tuple[int, int]:
+        """How much is done, and of how much: members, or batches."""
+        if self.planned is None:
+            return self.ended_members, self.total
+        done = sum(self.trained.values())
+        return done, max(done, self.planned)
+
+    def by_batches(self, planned: int, trained: dict[Path, int]) -> None:
+        """Estimate the time left by batches, for members that pause: so many in all, and those of earlier commands."""
+        self.planned, self.trained = planned, dict(trained)
+        self.before = sum(trained.values())
+
+    @property
     def not_begun(self) -> int:
         return max(0, self.total - sum(map(layout.holds_run, self.members)))
 
@@ -79,14 +94,15 @@ class Progress:
         todo = set(todo)
         for path in members:
             if path not in todo and path not in self.members:
-                self.before += 1
+                self.before += self.planned is None
                 self._note(results.read(path))
             elif path in todo:
                 self.members[path] = ""
                 self.rungs[path] = rungs.read(path)
         if self._bar is None and todo and sys.stderr.isatty() and not os.environ.get(QUIET):
             shape = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-            self._bar = tqdm(total=self.total, initial=self.before, desc="sweep", bar_format=shape, smoothing=0,
+            desc, whole = "sweep" if self.planned is None else "batches of the sweep", self.amount[1]
+            self._bar = tqdm(total=whole, initial=self.before, desc=desc, bar_format=shape, smoothing=0,
                              leave=False, dynamic_ncols=True, disable=False)  # fmt: skip
             os.environ[QUIET] = "1"  # for the members' own bars, here and in other processes
             threading.Thread(target=self._refresh, daemon=True).start()
@@ -134,6 +150,7 @@ class Progress:
             self._note(results.read(path))
 
     def _note(self, result: results.Result) -> None:
+        self.trained[result.folder] = max(result.steps, self.trained.get(result.folder, 0))
         self.members[result.folder] = result.status if result.status in ENDED else ""
         if math.isnan(result.objective):
             return
@@ -170,16 +187,17 @@ class Progress:
         words = [f"{failed} failed"] if failed else []
         if self.best is not None:
             words.append(f"best {self.best.objective:.4f} ({self.best.name[:24]})")
+        done, whole = self.amount
         if self._bar is not None:
-            self._bar.n = self.ended_members
+            self._bar.n, self._bar.total = done, whole
             self._bar.set_postfix_str(", ".join(words))
             return
-        now, done = time.monotonic(), self.ended_members - self.before
-        if self.spoke + EVERY_S <= now and 0 < self.ended_members < self.total:
+        now = time.monotonic()
+        if self.spoke + EVERY_S <= now and 0 < done < whole:
             self.spoke = now
-            left = (now - self.began) / max(1, done) * (self.total - self.ended_members)
-            time_left = tqdm.format_interval(left)
-            self.say(", ".join([f"sweep: {self.ended_members} of {self.total} members, {time_left} left", *words]))
+            time_left = tqdm.format_interval((now - self.began) / max(1, done - self.before) * (whole - done))
+            count = f"{done:,} of {whole:,} " + ("members" if self.planned is None else "batches")
+            self.say(", ".join([f"sweep: {count}, {time_left} left", *words]))
 
     def _refresh(self) -> None:
         """Let the bar's time go on while members take long."""
