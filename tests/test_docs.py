@@ -47,7 +47,10 @@ PLACES = {
 # A word of a command -> what is added so that nothing is trained, and why.
 NOT_HERE = {
     "hydra/launcher=slurm": ("sweep.dry_run=true", "needs Slurm: tests/sweep/test_slurm.py looks for one"),
-    "hydra/sweeper=halving": ("sweep.dry_run=true", "has no rungs in four batches: tests/sweep/test_halving.py has more"),
+    "hydra/sweeper=halving": (
+        "sweep.dry_run=true",
+        "has no rungs in four batches: tests/sweep/test_halving.py has more",
+    ),
     "hydra/launcher=joblib": ("sweep.dry_run=true", "starts processes, which takes its time: tests/sweep has them"),
     "model.pretrained=true": ("--cfg=job", "downloads weights: tests/test_models.py has such a file"),
     "weights=runs/first": ("--cfg=job", "is a run of another command: tests/test_weights.py has one"),

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sweep_tools import files, member, members, result
 from tools import read_events, scalars, small
 
 from fmexp import execute, sweep
-from fmexp.sweep import figure, figure_data
+from fmexp.sweep import figure, figure_data, progress
 
 # 30 training batches of 4 in an epoch; by default rungs at 4 and 12 for nine members.
 DATA = ("dataset=synthetic", "dataset.train_size=160", "dataset.test_size=40", "logging=light", "device=cpu",
@@ -102,6 +103,21 @@ def test_what_is_printed_and_written_names_rungs_and_those_left_behind(nine: tup
               for m in found.values() if m.status == "pruned"}  # fmt: skip
     assert dict(marks.get_xydata().tolist()) == pruned
     assert "of 1 members (8 more pruned: x, at their last rung)" in drawn.get_suptitle()
+
+
+def test_the_time_left_is_estimated_by_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """78 in all; where a member counts, those of the first rung would seem to be nearly everything."""
+    monkeypatch.setattr(progress, "EVERY_S", 0)
+    lines = [line for line in call(tmp_path / "s", *NINE).out.splitlines() if line.startswith("sweep: ")]
+    counts = [re.match(r"sweep: (\d+) of 78 batches, \d\d:\d\d left", line) for line in lines]
+    assert [int(found[1]) for found in counts if found] == [*range(4, 37, 4), 44, 52, 60], "and the end has none"
+
+
+def test_pruned_members_can_be_deleted(nine: tuple[Path, program.Finished], command: Any, tmp_path: Path) -> None:
+    shutil.copytree(nine[0], tmp_path / "s")
+    done = command(str(tmp_path / "s"), "--delete", "pruned", "--yes")
+    assert done.out.endswith("8 deleted\n"), done
+    assert [result(path)["status"] for path in members(tmp_path / "s")] == ["complete"]
 
 
 def test_the_table_of_the_folder_is_the_same(nine: tuple[Path, program.Finished], command: Any, tmp_path: Path) -> None:

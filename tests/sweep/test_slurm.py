@@ -30,6 +30,17 @@ def sweep_jobs(root: Path) -> dict[str, str]:
     return slurm._submitted(root)
 
 
+def test_halving_decides_as_on_this_machine(tmp_path: Path) -> None:
+    words = (*OWN, "dataset.train_size=60", "hydra/sweeper=halving", "hydra.sweeper.min_steps=5", "+model.tag=a,b,c,d",
+             "hydra.sweeper.eta=2")  # fmt: skip
+    here, there = (Sweep(tmp_path / name, *words, *more).end().root for name, more in (("here", ()), ("slurm", SLURM)))
+    ours, theirs = ({m.name: (m.status, m.rungs) for m in sweep.read(root)} for root in (there, here))
+    assert ours == theirs
+    assert sorted(status for status, _ in ours.values()) == ["complete", *["pruned"] * 3]
+    (best,) = (path.name for path in members(here) if result(path)["status"] == "complete")
+    assert (there / best / "model.pt").read_bytes() == (here / best / "model.pt").read_bytes()
+
+
 def put_back_at_once(job: str, gate: Gate, tag: str, started: Sweep) -> None:
     """Wait for a requeued job to run again, without the two minutes that Slurm lets pass before."""
 
