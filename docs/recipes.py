@@ -56,7 +56,10 @@ def execute() -> None:
             for member in sweep.start([*ADDED, *words], Path("runs", name, more)):
                 figures = member.metrics["test/accuracy"], member.metrics["test/loss"]
                 classes = [points[-1][1] for tag, points in member.scalars.items() if tag.startswith("within_class")]
-                print(name, more, member.name, *(f"{value:.4f}" for value in (*figures, *classes)), sep="  ", flush=True)
+                numbers = (f"{value:.4f}" for value in (*figures, *classes))
+                print(name, more, member.name, *numbers, sep="  ", flush=True)
+                    name, more, member.name, *(f"{value:.4f}" for value in (*figures, *classes)), sep="  ", flush=True
+                )
 
 
 def draw(folder: Path) -> None:
