@@ -58,8 +58,6 @@ def execute() -> None:
                 classes = [points[-1][1] for tag, points in member.scalars.items() if tag.startswith("within_class")]
                 numbers = (f"{value:.4f}" for value in (*figures, *classes))
                 print(name, more, member.name, *numbers, sep="  ", flush=True)
-                    name, more, member.name, *(f"{value:.4f}" for value in (*figures, *classes)), sep="  ", flush=True
-                )
 
 
 def draw(folder: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import program
 import pytest
-from sweep_tools import files, member, members, result
-from tools import read_events, scalars, small
+from sweep_tools import files, member, members
+from tools import read_events, result, scalars, small
 
 from fmexp import execute, sweep
 from fmexp.sweep import figure, figure_data, progress
