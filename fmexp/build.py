@@ -20,6 +20,7 @@ from fmexp import datasets, rng, weights
 from fmexp.config import Moment, maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.engine import backend, evaluation
+from fmexp.engine.distributed import World
 from fmexp.engine.freeze import freeze, train_mode
 from fmexp.engine.loss import Loss, weights_of_classes
 from fmexp.engine.optim import build_optimizer
@@ -28,17 +29,26 @@ from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, steps_per_epoch, total_steps
 
 
-def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset | None = None) -> Run:
+def build(
+    cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset | None = None, world: World | None = None
+) -> Run:
     """Build all that a run is made of, and touch no folder.
 
     Args:
         dataset: in place of what `cfg.dataset` names.
         resumed: a checkpoint has the weights, so that those of `cfg.weights` are not wanted; their file may be gone.
+        world: the processes that train the run together.
 
     Raises:
         ConfigError, DataError: something cannot be built; the message names the key and the way out.
     """
     device = backend.find_device(cfg.device)
+    processes = world.size if world else 1
+    if cfg.train.batch_size < processes:
+        raise ConfigError(
+            f"train.batch_size={cfg.train.batch_size} is the whole batch, and fewer images than the {processes} "
+            f"processes that divide it. Take train.batch_size={processes} or more, or start fewer processes."
+        )
     rng.seed_all(cfg.seed)
     stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
     stages.sort(key=lambda stage: list(Moment.__members__).index(stage.when))  # as the run comes to them
@@ -48,13 +58,14 @@ def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset |
         dataset = dataset.to(device)
         loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
     images, augment = dataset.ready(loaded), _augment(cfg, len(dataset.classes))
-    few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
+    few, keys, steps = images[:2], cfg.backend, total_steps(cfg, dataset)
+    compiled, share = cfg.train.compile if processes == 1 else False, -(-cfg.train.batch_size // processes)
     model = build_model(cfg, dataset, few)
     begun_from = weights.load(model, cfg.weights, strict=cfg.weights_strict) if cfg.weights and not resumed else ""
     frozen = freeze(model, cfg.train.freeze)
     with eval_mode(model, cfg.seed):
         _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
-        how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
+        how = backend.choose(model, few, share, **keys, compiled=compiled, steps=steps, processes=processes)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
     if cfg.train.accumulate > (batches := steps_per_epoch(cfg, dataset)):
         asked = f"train.accumulate={cfg.train.accumulate}"
@@ -66,7 +77,7 @@ def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset |
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
     loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, dataset, optimizer, batches, steps)
     run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
-              (images, labels), how, how_evaluated, begun_from=begun_from)  # fmt: skip
+              (images, labels), how, how_evaluated, world, begun_from=begun_from)  # fmt: skip
     if augment:
         run.batch = _augmented(run, loaded, labels)
     return run

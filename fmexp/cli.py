@@ -1,7 +1,10 @@
 """The entry point: Hydra composes and checks the configuration; only then is torch imported and the run executed."""
 
+import logging
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -38,7 +41,7 @@ class Door(Callback):
     Hydra makes one of these itself, for conf/config.yaml names it; so what it notes is the class's.
     """
 
-    entered = False
+    entered = executing = False
     new_folders: ClassVar[list[Path]] = []  # the run's, and those parents that are not there either
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -55,6 +58,11 @@ class Door(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
             output_folder(config, "hydra.sweep.dir")
+            if process.world_size() > 1:
+                raise ConfigError(
+                    "--multirun under torchrun would start the sweep in each process. A sweep is started without "
+                    "torchrun, python -m fmexp --multirun ...; a single run of several processes without --multirun."
+                )
 
 
 @contextmanager
@@ -78,6 +86,7 @@ def run(cfg: DictConfig) -> float:
             from fmexp.execution import execute  # torch is imported here, and not for --help or --cfg
 
         process.resume_gc()
+        Door.executing = True
         with beside_the_bar():
             command = resume_command("hydra.run.dir", output_dir)
             objective = execute(cfg, output_dir, hydra_files=files, resume_command=command)
@@ -94,6 +103,18 @@ def run(cfg: DictConfig) -> float:
     return objective
 
 
+def follow() -> None:
+    """In another process of a run than the first: compute, and say nothing that the first one says."""
+    logging.disable()
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins: Python's own waits for the other process
+    with messages.instead_of_tracebacks():
+        from fmexp import execution
+
+        process.resume_gc()
+        execution.follow()
+
+
 def beside_the_bar() -> AbstractContextManager[None]:
     """On a terminal, write log lines above the progress bar and not into it."""
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
@@ -108,14 +129,20 @@ def main() -> None:
     if "--version" in sys.argv[1:]:  # Hydra would say its own alone
         print(f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})")
         return process.require_output()
+    if process.rank():
+        return follow()
     plugins.register()
-    Door.entered, Door.new_folders = False, []
+    Door.entered, Door.executing, Door.new_folders = False, False, []
     with messages.instead_of_tracebacks():
         try:
             run()
         except RefusedError as refused:
             raise refused.error from refused.error.__cause__
         finally:
+            if process.world_size() > 1 and not Door.executing:
+                from fmexp.engine import distributed
+
+                distributed.dismiss()
             if not Door.entered:  # --help, --cfg and so on
                 process.require_output()
             with suppress(OSError):  # the first that holds something ends it

@@ -18,8 +18,10 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 import fmexp
-from fmexp import config, datasets, models, rng
+from fmexp import config, datasets, models, process, rng
 from fmexp.build import build, target
+from fmexp.engine import distributed
+from fmexp.engine.distributed import LostError, World
 from fmexp.errors import FmexpError, printable
 from fmexp.process import Stop
 from fmexp.run import Run, total_steps
@@ -49,6 +51,22 @@ def execute(
         ConfigError, DataError: the run cannot begin; the folder is as it was.
         SystemExit: a signal stopped the run after it had saved itself; the status is 128 + the signal's number.
     """
+    if process.rank():
+        return follow()
+    with distributed.lead() as world:
+        return _execute(cfg, output_dir, hydra_files, resume_command, world)
+
+
+def follow() -> float:
+    """In another process of a run than the first: compute with it what it executes; the objective."""
+    with distributed.follow() as (world, given):
+        return _follow(world, *given) if given else math.nan
+
+
+def _execute(
+    cfg: DictConfig, output_dir: str | Path, hydra_files: Mapping[str, DictConfig | ListConfig] | None,
+    resume_command: str, world: World | None,
+) -> float:  # fmt: skip
     config.check(cfg)
     tree = config.resolved(cfg)
     output_dir = Path(output_dir).absolute()
@@ -56,7 +74,7 @@ def execute(
     if (objective := _finished(output_dir)) is not None:
         return objective
     resumed = checkpoint.exists(output_dir)
-    run = build(cfg, resumed=resumed)
+    run = build(cfg, resumed=resumed, world=world)
     with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir)) is not None:
@@ -65,14 +83,42 @@ def execute(
         if state:  # .hydra/, which check_identity reads, may have been removed
             layout.check_same(output_dir, state["config"], tree)
         elif resumed:  # another process has removed its checkpoint
-            run = build(cfg)
+            run = build(cfg, world=world)
         try:
+            if world:
+                distributed.begin(world, (config.frozen(cfg), state, resume_command or "the same call"))
             return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
-            raised = _failed(error, run, output_dir, tree, resume_command or "the same call")
+            command = resume_command or "the same call"
+            error = world.explain(error, command) if world else error
+            raised = _failed(error, run, output_dir, tree, command)
             if raised is error:
                 raise
             raise raised from error
+
+
+def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None, resume_command: str) -> float:
+    with Stop() as stop:
+        try:
+            run = build(cfg, resumed=state is not None, world=world)
+            run.writer = tensorboard.NoWriter()  # type: ignore[assignment]
+            trainer = Trainer(run, stop=stop)
+            if state:
+                trainer.load_state_dict(state)
+            try:
+                with run.backend.applied():
+                    trainer.fit()
+                    trainer.finish()
+            except DivergedError:
+                return math.nan
+            finally:
+                run.workers.close()
+            return run.metrics.get(run.cfg.objective, math.nan)
+        except Exception as error:
+            explained = world.explain(error, resume_command)
+            if explained is error or (isinstance(explained, LostError) and world.speaks()):
+                raise explained from error
+            raise SystemExit(1) from error  # another process says why
 
 
 def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], command: str) -> Exception:
@@ -82,6 +128,9 @@ def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], 
             f"The disk is full: {output_dir} ({full}). What the last checkpoint holds is safe; make space, then go on "
             f"with\n  {command}"
         )
+    if isinstance(error, LostError):
+        log.error("%s", error)
+        return error
     known = error if isinstance(error, FmexpError) else datasets.killed_worker(error)
     said = str(known or f"{type(error).__name__}: {error}")
     log.error("the run failed at step %d: %s", run.step, said, exc_info=None if known else error)
@@ -117,7 +166,7 @@ class _Execution:
             self._announce(resumed=state is not None)
             with run.backend.applied():
                 if not state:
-                    hparams.write_hparams(run.writer, self.output_dir, self.tree)
+                    hparams.write_hparams(run.writer, self.output_dir, self.tree, run.backend.processes)
                     about = printable(run.dataset.description)  # which names a folder
                     run.writer.add_text("config", f"{about}\n\n```yaml\n{text}```", 0)
                     run.writer.add_text("lineage", lineage.text(origin), 0)

@@ -1,10 +1,13 @@
 """Words of the command line: quoted for Hydra, taken apart, and the command that goes on with a run or a sweep."""
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from fmexp import process
 
 
 def quote(value: str) -> str:
@@ -39,4 +42,8 @@ def resume_command(key: str, folder: Path) -> str:
     """
     words = [word for word in sys.argv[1:] if not word.startswith((f"{key}=", "resume="))]  # resume=false would refuse
     program = ["fmexp"] if Path(sys.argv[0]).name == "fmexp" else ["python", "-m", "fmexp"]
+    if process.world_size() > 1:
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        several = [f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", *([f"--nnodes={nodes}"] if nodes != "1" else [])]
+        program = ["torchrun", *several, "-m", "fmexp"]
     return shlex.join([*program, *words, f"{key}={quote(str(folder))}"])

@@ -54,6 +54,7 @@ class Train:
     compile: Any = limited("auto", one_of=("auto", True, False))
     checkpoint_every: int | None = limited(None, least=1)
     freeze: list[str] = listed()
+    sync_batchnorm: bool = True
     tag: str = "train/loss"
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +44,13 @@ def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> Summa
     if text := _read(output_dir / PROJECTOR):
         writer._projector_config = text_format.Parse(text, ProjectorConfig())
     return writer
+
+
+class NoWriter:
+    """In place of a SummaryWriter: writes nothing, for the processes of a run but the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
 def snapshot(writer: SummaryWriter, output_dir: Path) -> dict[str, Any]:
