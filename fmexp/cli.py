@@ -126,11 +126,21 @@ def beside_the_bar() -> AbstractContextManager[None]:
 
 def main() -> None:
     """The program."""
+    if process.rank():
+        return follow()
+    try:
+        _lead()
+    finally:
+        if process.world_size() > 1 and not Door.executing:
+            from fmexp.engine import distributed
+
+            distributed.dismiss()
+
+
+def _lead() -> None:
     if "--version" in sys.argv[1:]:  # Hydra would say its own alone
         print(f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})")
         return process.require_output()
-    if process.rank():
-        return follow()
     plugins.register()
     Door.entered, Door.executing, Door.new_folders = False, False, []
     with messages.instead_of_tracebacks():
@@ -139,10 +149,6 @@ def main() -> None:
         except RefusedError as refused:
             raise refused.error from refused.error.__cause__
         finally:
-            if process.world_size() > 1 and not Door.executing:
-                from fmexp.engine import distributed
-
-                distributed.dismiss()
             if not Door.entered:  # --help, --cfg and so on
                 process.require_output()
             with suppress(OSError):  # the first that holds something ends it

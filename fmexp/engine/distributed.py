@@ -8,6 +8,7 @@ The first process alone decides, writes and logs. The others do the same steps, 
 same random state and the same evaluations at every moment.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +32,9 @@ from fmexp.process import Stop
 
 # How long one process waits for another, as for a stage of the first one: a process that ends is noticed at once.
 PATIENCE = timedelta(days=7)
+
+
+_number = itertools.count()
 
 
 class LostError(FmexpError):
@@ -65,13 +69,14 @@ class World:
     """
 
     def __init__(self) -> None:
-        self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        self.store = dist.PrefixStore(f"fmexp/{next(_number)}", store)  # of this run, for a program may have several
         self.stop = SharedStop(self, Stop())
 
     def join(self) -> None:
         """Connect to the others."""
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store = dist.PrefixStore("fmexp", self.store)
+        store = dist.PrefixStore("group", self.store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
 
     def part(self, whole: int, rank: int | None = None) -> Part:
@@ -155,9 +160,9 @@ class World:
         with suppress(Exception):  # the store ends with the program that holds it
             if not _is_lost(error):
                 said = json.dumps([self.rank, str(error) if isinstance(error, FmexpError) else first_line(error)])
-                self.store.set("fmexp/problem", said)
-            elif self.store.check(["fmexp/problem"]):
-                rank, said = json.loads(self.store.get("fmexp/problem"))
+                self.store.set("problem", said)
+            elif self.store.check(["problem"]):
+                rank, said = json.loads(self.store.get("problem"))
                 return FmexpError(f"Process {rank} of {self.size}: {said}")
         if _is_lost(error):
             return LostError(
@@ -169,7 +174,7 @@ class World:
     def speaks(self) -> bool:
         """Whether it is for this process to say what has happened: the first one that asks."""
         with suppress(Exception):
-            return not self.store.check(["fmexp/problem"]) and self.store.add("fmexp/said", 1) == 1
+            return not self.store.check(["problem"]) and self.store.add("said", 1) == 1
         return True
 
 
@@ -200,7 +205,7 @@ def follow() -> Iterator[tuple[World, Any]]:
     """In another process: what the first one has given to `begin`; None where there is nothing to do."""
     world = World()
     try:
-        if world.store.get("fmexp/begin") == b"run":
+        if world.store.get("begin") == b"run":
             world.join()
             yield world, world.broadcast(None)
         else:
@@ -211,7 +216,7 @@ def follow() -> Iterator[tuple[World, Any]]:
 
 def begin(world: World, given: Any) -> None:
     """Let the other processes begin."""
-    world.store.set("fmexp/begin", b"run")
+    world.store.set("begin", b"run")
     world.join()
     world.broadcast(given)
 
@@ -219,14 +224,14 @@ def begin(world: World, given: Any) -> None:
 def dismiss() -> None:
     """Let the other processes end, for the first one has nothing to run."""
     with suppress(Exception):  # of one that is gone
-        World().store.set("fmexp/begin", b"end")
+        World().store.set("begin", b"end")
 
 
 def _leave(world: World) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     elif world.rank == 0:
-        world.store.set("fmexp/begin", b"end")
+        world.store.set("begin", b"end")
 
 
 class SharedStop(Stop):
