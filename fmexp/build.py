@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fmexp import datasets, rng, weights
+from fmexp import datasets, process, rng, weights
 from fmexp.config import Moment, maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.engine import backend, evaluation
@@ -43,6 +43,8 @@ def build(
         ConfigError, DataError: something cannot be built; the message names the key and the way out.
     """
     device = backend.find_device(cfg.device)
+    if world and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", process.local_rank())
     processes = world.size if world else 1
     if cfg.train.batch_size < processes:
         raise ConfigError(

@@ -59,8 +59,21 @@ def execute(
 
 def follow() -> float:
     """In another process of a run than the first: compute with it what it executes; the objective."""
-    with distributed.follow() as (world, given):
-        return _follow(world, *given) if given else math.nan
+    command = ""
+    with distributed.follow() as world:
+        if world is None:
+            return math.nan
+        try:
+            given = world.broadcast(None)
+            if given is None:  # another command was quicker
+                return math.nan
+            cfg, state, command = given
+            return _follow(world, cfg, state)
+        except Exception as error:
+            explained = world.explain(error, command)
+            if not isinstance(explained, FmexpError) or (isinstance(explained, LostError) and world.speaks()):
+                raise explained from error
+            raise SystemExit(1) from error  # the first process says why
 
 
 def _execute(
@@ -75,9 +88,13 @@ def _execute(
         return objective
     resumed = checkpoint.exists(output_dir)
     run = build(cfg, resumed=resumed, world=world)
+    if world:  # before signals are but noted: an end of another process while it joins would not be seen
+        world.join()
     with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir)) is not None:
+            if world:
+                world.broadcast(None)
             return objective
         state = checkpoint.load(output_dir)
         if state:  # .hydra/, which check_identity reads, may have been removed
@@ -86,39 +103,33 @@ def _execute(
             run = build(cfg, world=world)
         try:
             if world:
-                distributed.begin(world, (config.frozen(cfg), state, resume_command or "the same call"))
+                world.broadcast((config.frozen(cfg), state, resume_command or "the same call"))
             return _Execution(run, output_dir, tree, stop, resume_command).go(state, hydra_files or {})
         except Exception as error:
             command = resume_command or "the same call"
-            error = world.explain(error, command) if world else error
-            raised = _failed(error, run, output_dir, tree, command)
+            explained = world.explain(error, command) if world else error
+            raised = _failed(explained, run, output_dir, tree, command)
             if raised is error:
                 raise
             raise raised from error
 
 
-def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None, resume_command: str) -> float:
+def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None) -> float:
     with Stop() as stop:
+        run = build(cfg, resumed=state is not None, world=world)
+        run.writer = tensorboard.NoWriter()  # type: ignore[assignment]
+        trainer = Trainer(run, stop=stop)
+        if state:
+            trainer.load_state_dict(state)
         try:
-            run = build(cfg, resumed=state is not None, world=world)
-            run.writer = tensorboard.NoWriter()  # type: ignore[assignment]
-            trainer = Trainer(run, stop=stop)
-            if state:
-                trainer.load_state_dict(state)
-            try:
-                with run.backend.applied():
-                    trainer.fit()
-                    trainer.finish()
-            except DivergedError:
-                return math.nan
-            finally:
-                run.workers.close()
-            return run.metrics.get(run.cfg.objective, math.nan)
-        except Exception as error:
-            explained = world.explain(error, resume_command)
-            if explained is error or (isinstance(explained, LostError) and world.speaks()):
-                raise explained from error
-            raise SystemExit(1) from error  # another process says why
+            with run.backend.applied():
+                trainer.fit()
+                trainer.finish()
+        except DivergedError:
+            return math.nan
+        finally:
+            run.workers.close()
+        return run.metrics.get(run.cfg.objective, math.nan)
 
 
 def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], command: str) -> Exception:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from fmexp import datasets, rng
 from fmexp.config import maximised
-from fmexp.engine.compile import compiled_backward
 from fmexp.engine import distributed
+from fmexp.engine.compile import compiled_backward
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
 from fmexp.engine.evaluation import Evaluation
 from fmexp.engine.extra_state import ExtraState

@@ -44,6 +44,9 @@ def resume_command(key: str, folder: Path) -> str:
     program = ["fmexp"] if Path(sys.argv[0]).name == "fmexp" else ["python", "-m", "fmexp"]
     if process.world_size() > 1:
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-        several = [f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", *([f"--nnodes={nodes}"] if nodes != "1" else [])]
+        several = [
+            f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}",
+            *([f"--nnodes={nodes}"] if nodes != "1" else []),
+        ]
         program = ["torchrun", *several, "-m", "fmexp"]
     return shlex.join([*program, *words, f"{key}={quote(str(folder))}"])

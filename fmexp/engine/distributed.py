@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from signal import Signals
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # its __init__ has no list
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
@@ -69,15 +71,25 @@ class World:
     """
 
     def __init__(self) -> None:
-        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        self.store = dist.PrefixStore(f"fmexp/{next(_number)}", store)  # of this run, for a program may have several
+        store, self.rank, self.size = next(rendezvous("env://", timeout=PATIENCE))
+        self.store = PrefixStore(f"fmexp/{next(_number)}", store)  # of this run, for a program may have several
         self.stop = SharedStop(self, Stop())
 
     def join(self) -> None:
-        """Connect to the others."""
+        """Connect to the others, which may begin now."""
+        if self.rank == 0:
+            self.store.set("begin", "run")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store = dist.PrefixStore("group", self.store)
+        store = PrefixStore("group", self.store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
+
+    def leave(self) -> None:
+        """Let go of the others; where this is the first and they have never begun, they never will."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        elif self.rank == 0:
+            with suppress(Exception):  # the store ends with the program that holds it
+                self.store.set("begin", "end")
 
     def part(self, whole: int, rank: int | None = None) -> Part:
         """What a process (this one) computes of a batch of `whole` images: its share of them, in the order of ranks."""
@@ -196,42 +208,30 @@ def lead() -> Iterator[World | None]:
     world = World()
     try:
         yield world
+    except Exception as error:
+        world.explain(error, "")  # so that the others end without a word
+        raise
     finally:
-        _leave(world)
+        world.leave()
 
 
 @contextmanager
-def follow() -> Iterator[tuple[World, Any]]:
-    """In another process: what the first one has given to `begin`; None where there is nothing to do."""
+def follow() -> Iterator[World | None]:
+    """In another process: wait until the first one has joined the others; None where it has nothing to run."""
     world = World()
     try:
         if world.store.get("begin") == b"run":
             world.join()
-            yield world, world.broadcast(None)
+            yield world
         else:
-            yield world, None
+            yield None
     finally:
-        _leave(world)
-
-
-def begin(world: World, given: Any) -> None:
-    """Let the other processes begin."""
-    world.store.set("begin", b"run")
-    world.join()
-    world.broadcast(given)
+        world.leave()
 
 
 def dismiss() -> None:
     """Let the other processes end, for the first one has nothing to run."""
-    with suppress(Exception):  # of one that is gone
-        World().store.set("begin", b"end")
-
-
-def _leave(world: World) -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    elif world.rank == 0:
-        world.store.set("begin", b"end")
+    World().leave()
 
 
 class SharedStop(Stop):
@@ -300,23 +300,25 @@ class _AsOne(TorchFunctionMode):
         self.functions: dict[Any, Callable[..., Tensor]] = {
             F.batch_norm: self._batch_norm,
             torch.Tensor.bernoulli_: self._bernoulli_,
-            **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), None),
-        }  # type: ignore[dict-item]
+        }
+        for dropout in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+            self.functions[dropout] = partial(self._dropout, dropout)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replaced = self.functions.get(func, func)
-        if replaced is None:
-            return self._dropout(func, *args, **(kwargs or {}))
-        return replaced(*args, **(kwargs or {}))
+        return self.functions.get(func, func)(*args, **(kwargs or {}))
 
     def _whole(self, shape: torch.Size) -> tuple[list[int], slice] | None:
         """The shape for the whole batch of what has a row, or several, for each image, and where this part is there."""
-        own = max(1, self.part.count)
-        each, rest = divmod(shape[0] if shape else 0, own)
         rows = self.part.rows
-        return None if rest or not each else ([each * self.part.whole, *shape[1:]], slice(each * rows.start, each * rows.stop))
+        each, rest = divmod(shape[0] if shape else 0, rows.stop - rows.start)
+        if rest or not each:
+            return None
+        return [each * self.part.whole, *shape[1:]], slice(each * rows.start, each * rows.stop)
 
-    def _dropout(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def _dropout(
+        self, function: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True,
+        inplace: bool = False,
+    ) -> Tensor:  # fmt: skip
         whole = self._whole(input.shape)
         if not training or not 0 < p < 1 or whole is None:
             return function(input, p, training, inplace)
@@ -356,7 +358,7 @@ class _Statistics:
         aside = [torch.zeros(channels, dtype=precise, device=input.device) for _ in range(2)]
         with torch.no_grad():
             # With somewhere to keep them, for else those of bf16 are of that precision.
-            own = torch.stack(torch.batch_norm_update_stats(input, *aside, 0.0)).double()
+            own = torch.stack(torch.ops.aten.batch_norm_update_stats(input, *aside, 0.0)).double()
             number = own.new_full((1, channels), counts * input.numel() / channels)
             means, variances, numbers = world.all_gather(torch.cat([own, number])).unbind(1)
             self.number = float(numbers[:, 0].sum())
@@ -399,6 +401,7 @@ class _BatchNorm(torch.autograd.Function):
         dist.all_reduce(sums)
         # What flows through the mean and the variance is of the form a * normalised + b: the same kernel again.
         scale = (of.variance + ctx.eps).rsqrt() * (1 if weight is None else weight) / of.number
-        through = torch.batch_norm(input, *(sums * scale), of.mean, of.variance, False, 0.0, ctx.eps, False)
+        by_mean = sums * scale
+        through = torch.batch_norm(input, by_mean[0], by_mean[1], of.mean, of.variance, False, 0.0, ctx.eps, False)
         by_input = direct - through if of.counts else torch.zeros_like(direct)
         return by_input, by_weight, by_bias, None, None, None
