@@ -43,10 +43,6 @@ def resume_command(key: str, folder: Path) -> str:
     words = [word for word in sys.argv[1:] if not word.startswith((f"{key}=", "resume="))]  # resume=false would refuse
     program = ["fmexp"] if Path(sys.argv[0]).name == "fmexp" else ["python", "-m", "fmexp"]
     if process.world_size() > 1:
-        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-        several = [
-            f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}",
-            *([f"--nnodes={nodes}"] if nodes != "1" else []),
-        ]
-        program = ["torchrun", *several, "-m", "fmexp"]
+        nodes, each = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        program = ["torchrun", *[f"--nnodes={nodes}"] * (nodes != "1"), f"--nproc-per-node={each}", "-m", "fmexp"]
     return shlex.join([*program, *words, f"{key}={quote(str(folder))}"])

@@ -404,4 +404,5 @@ class _BatchNorm(torch.autograd.Function):
         by_mean = sums * scale
         through = torch.batch_norm(input, by_mean[0], by_mean[1], of.mean, of.variance, False, 0.0, ctx.eps, False)
         by_input = direct - through if of.counts else torch.zeros_like(direct)
-        return by_input, by_weight, by_bias, None, None, None
+        wanted = zip((by_input, by_weight, by_bias), ctx.needs_input_grad, strict=False)
+        return *(gradient if needed else None for gradient, needed in wanted), None, None, None
