@@ -67,12 +67,11 @@ class Attends(nn.Module):
 
 def double(kind: str, input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """A model in float64 by its name."""
-    channels, _, width = input_shape
+    channels = input_shape[0]
     models = {
         "lenet": lambda: LeNet(input_shape=input_shape, num_classes=num_classes),
         "mlp": lambda: MLP(input_shape=input_shape, num_classes=num_classes, hidden=[32, 16], dropout=0.4),
         "branches": lambda: Branches(channels, num_classes),
-        "attends": lambda: Attends(width, num_classes),
         "resnet18": lambda: resnet18(num_classes=num_classes),
     }
     model = models[kind]()
@@ -81,22 +80,21 @@ def double(kind: str, input_shape: tuple[int, int, int], num_classes: int) -> nn
     return Double(model)
 
 
-class Struck(nn.Module):
-    """Linear and dropout; STRIKES, such as "TERM 1 5", sends the signal to process 1 in the midst of its fifth batch."""
+class Struck(Attends):
+    """STRIKES, such as "TERM 1 5", sends the signal to process 1 in the midst of its fifth batch of several images."""
 
     def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.Dropout(0.2), nn.Linear(8, num_classes))
-        self.seen = 0
+        super().__init__(input_shape[2], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.training and os.environ.get("STRIKES"):
-            name, rank, number = os.environ["STRIKES"].split()
-            self.seen += 1
-            if self.seen == int(number) and os.environ["RANK"] == rank:
-                os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
-        logits: Tensor = self.layer(images)
-        return logits
+        if self.training and len(images) > 2:  # else it is a check before training
+            SEEN.append(len(images))
+            if os.environ.get("STRIKES", "").endswith(f" {os.environ.get('RANK')} {len(SEEN)}"):
+                os.kill(os.getpid(), getattr(signal, f"SIG{os.environ['STRIKES'].split()[0]}"))
+        return super().forward(images)
+
+
+SEEN: list[int] = []
 
 
 class Loaded(torch.utils.data.Dataset[Any]):

@@ -86,9 +86,10 @@ def test_three_processes_whose_parts_are_uneven(tmp_path: Path) -> None:
     """Of eight images they have three, three and two; of the last batch's one, two processes have none."""
     cases = {name: CASES[name] for name in ("mlp with dropout", "branches", "loaded and augmented")}
     cases["branches"] = [*cases["branches"], "dataset.train_size=66"]
-    noisy = {"noisy": [*double("mlp"), *LOADED, "+dataset.noisy=true"]}
-    attends = {"attends": double("attends")}
-    ended = execute_all({**cases, **noisy, **attends}, tmp_path, processes=3)
-    assert ended.status == 0, ended.err
+    noisy = [*double("mlp"), *LOADED, "+dataset.noisy=true"]
+    for processes, some in ((3, {**cases, "three": noisy}), (2, {"two": noisy})):
+        ended = execute_all(some, tmp_path, processes)
+        assert ended.status == 0, ended.err
     for name, overrides in cases.items():
         assert_same_but_for_rounding(tmp_path / name, one_process(overrides, tmp_path / f"{name}, alone"), name)
+    assert_same_but_for_rounding(tmp_path / "three", tmp_path / "two", "random numbers of a map-style dataset")
