@@ -66,7 +66,7 @@ def build(
     begun_from = weights.load(model, cfg.weights, strict=cfg.weights_strict) if cfg.weights and not resumed else ""
     frozen = freeze(model, cfg.train.freeze)
     with eval_mode(model, cfg.seed):
-        _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
+        _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps, processes)
         how = backend.choose(model, few, share, **keys, compiled=compiled, steps=steps, processes=processes)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
     if cfg.train.accumulate > (batches := steps_per_epoch(cfg, dataset)):
@@ -323,19 +323,23 @@ def _lazy(model: nn.Module) -> list[str]:
     return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
 
 
-def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: int, steps: int) -> None:
-    """Raise ConfigError where a batch of one image is left, and the model cannot be trained on one (BatchNorm)."""
-    size = cfg.train.batch_size
-    if size != 1 and (count % size != 1 or steps * size < count):
+def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: int, steps: int, processes: int) -> None:
+    """Raise ConfigError where a batch of one image is left, and the model cannot be trained on one (BatchNorm); or one
+    of so few that one of several processes, whose statistics are its own, has one."""
+    size, left = cfg.train.batch_size, count % cfg.train.batch_size
+    few = 1 if cfg.train.sync_batchnorm else 2 * processes - 1
+    if size > few and (not 0 < left <= few or steps * size < count):
         return
     train_mode(model, cfg.train.freeze)
     try:
         with torch.no_grad():
             model(image)
     except ValueError as error:
-        other = next(one for one in itertools.count(size + 1) if count % one != 1)
+        other = next(one for one in itertools.count(max(size, few) + 1) if not 0 < count % one <= few)
+        shared = "" if few == 1 else f", of which with train.sync_batchnorm=false one of {processes} processes has one"
         raise ConfigError(
-            f"train.batch_size={size} leaves one of {count:,} images as the last batch of an epoch, and "
+            f"train.batch_size={size} leaves {'one' if few == 1 else left or size} of {count:,} images as the last "
+            f"batch of an epoch{shared}, and "
             f"model._target_={cfg.model._target_} cannot be trained on one: {error}. "
             f"Take another size, such as train.batch_size={other}."
         ) from error

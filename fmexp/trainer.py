@@ -336,6 +336,8 @@ def build_backward(run: Run) -> Backward:
     """
     size, memory_format, precision = run.cfg.train.batch_size, run.backend.memory_format, run.cfg.train.precision
     if run.world:
+        if run.cfg.train.compile is True:
+            log.warning("train.compile=true: the step of several processes is not compiled")
         return distributed.Backward(
             run.world, run.model, run.loss, precision, memory_format=memory_format,
             sync_batchnorm=run.cfg.train.sync_batchnorm, unused=has_unused_parameters(run),

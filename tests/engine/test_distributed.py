@@ -31,6 +31,7 @@ CASES = {
     "branches": [*double("branches"), *LOADED, "stage.predictions.enabled=true", "stage.learning.enabled=true"],
     "changing stage": [*LENET, "+stage.shrink={_target_: distributed_parts.shrink, when: log, tag: a, changes: true}"],
 }  # fmt: skip
+UNSYNCED = [*double("branches"), "dataset.train_size=64", "train.compile=true", "train.sync_batchnorm=false"]
 EVALUATED = ["model=lenet", "dataset.image_size=28", "dataset.test_size=1740", "train.max_steps=3"]
 
 
@@ -62,7 +63,7 @@ def assert_same_but_for_rounding(ours: Path, theirs: Path, name: str) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    ended = execute_all({**CASES, "evaluated": EVALUATED}, tmp_path)
+    ended = execute_all({**CASES, "evaluated": EVALUATED, "not one": UNSYNCED, "one": UNSYNCED[:-1]}, tmp_path)
     assert ended.status == 0, ended.err
     for name, overrides in CASES.items():
         assert_same_but_for_rounding(tmp_path / name, one_process(overrides, tmp_path / f"{name}, alone"), name)
@@ -70,6 +71,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     begun = build(compose([*DRAWN, *LENET])).model.state_dict()
     assert all((begun[name] - value).abs().max() > 1e-4 for name, value in trained.items())
     assert_evaluated_to_the_bit(tmp_path / "evaluated")
+    assert any((weights(tmp_path / "one")[k] - v).abs().max() > 1e-6 for k, v in weights(tmp_path / "not one").items())
 
 
 def assert_evaluated_to_the_bit(folder: Path) -> None:

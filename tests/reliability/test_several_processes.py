@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability_tools import assert_same, written
+from reliability_tools import all_events, assert_same
 from several import DRAWN, fmexp
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fmexp.rundir import checkpoint
 
@@ -17,6 +18,7 @@ from fmexp.rundir import checkpoint
 STRUCK = (*DRAWN, "model._target_=distributed_parts.Struck", "train.epochs=2", "train.checkpoint_every=3",
           "stage.predictions.enabled=true", "train.ema=0.9", "augment=mixup")  # fmt: skip
 BATCHES = 18
+OWN = ("model=resnet18", "train.sync_batchnorm=false", "hydra.run.dir=run")
 LOST = "Another process of this run has ended"
 
 
@@ -44,7 +46,9 @@ def test_one_folder_and_one_log(undisturbed: Callable[[], Path]) -> None:
     assert said.count("epoch 2: test accuracy") == 1
     assert f"{BATCHES} batches of 8, cpu, 1 thread, oneDNN kernels, 2 processes" in " ".join(said.split())
     assert json.loads((folder / "result.json").read_text())["backend"]["processes"] == 2
-    assert any(tag == "_hparams_/session_start_info" for _, tag, _ in written(folder))
+    values = [value for event in all_events(folder) for value in event.summary.value]
+    (row,) = [value.metadata.plugin_data.content for value in values if value.tag == "_hparams_/session_start_info"]
+    assert HParamsPluginData.FromString(row).session_start_info.hparams["processes"].number_value == 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -120,6 +124,7 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
         ("--multirun", "seed=1,2"): "--multirun under torchrun would start the sweep in each process",
         ("optimizer.lrr=1",): "There is no key optimizer.lrr",
         (*DRAWN, "train.batch_size=1", "hydra.run.dir=run"): "fewer images than the 2 processes that divide it",
+        (*DRAWN, *OWN, "dataset.train_size=67"): "of which with train.sync_batchnorm=false one of 2 processes has one",
         (*DRAWN, "model=mlp", "model.hidden=[0]", "hydra.run.dir=run"): "model.hidden",
     }
     for words, message in cases.items():
