@@ -63,17 +63,20 @@ def follow() -> float:
     with distributed.follow() as world:
         if world is None:
             return math.nan
-        try:
-            given = world.broadcast(None)
-            if given is None:  # another command was quicker
-                return math.nan
-            cfg, state, command = given
-            return _follow(world, cfg, state)
-        except Exception as error:
-            explained = world.explain(error, command)
-            if not isinstance(explained, FmexpError) or (isinstance(explained, LostError) and world.speaks()):
-                raise explained from error
-            raise SystemExit(1) from error  # the first process says why
+        with Stop() as stop:
+            try:
+                given = world.broadcast(None)
+                if given is None:  # another command was quicker
+                    return math.nan
+                cfg, state, command = given
+                return _follow(world, cfg, state, stop)
+            except Exception as error:
+                explained = world.explain(error, command)
+                if not isinstance(explained, FmexpError):
+                    raise
+                if isinstance(explained, LostError) and world.speaks():  # now: torchrun sends SIGTERM at any moment
+                    print(explained, file=sys.stderr, flush=True)
+                raise SystemExit(1) from error  # else the first process says why
 
 
 def _execute(
@@ -114,22 +117,21 @@ def _execute(
             raise raised from error
 
 
-def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None) -> float:
-    with Stop() as stop:
-        run = build(cfg, resumed=state is not None, world=world)
-        run.writer = tensorboard.NoWriter()  # type: ignore[assignment]
-        trainer = Trainer(run, stop=stop)
-        if state:
-            trainer.load_state_dict(state)
-        try:
-            with run.backend.applied():
-                trainer.fit()
-                trainer.finish()
-        except DivergedError:
-            return math.nan
-        finally:
-            run.workers.close()
-        return run.metrics.get(run.cfg.objective, math.nan)
+def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None, stop: Stop) -> float:
+    run = build(cfg, resumed=state is not None, world=world)
+    run.writer = tensorboard.NoWriter()  # type: ignore[assignment]
+    trainer = Trainer(run, stop=stop)
+    if state:
+        trainer.load_state_dict(state)
+    try:
+        with run.backend.applied():
+            trainer.fit()
+            trainer.finish()
+    except DivergedError:
+        return math.nan
+    finally:
+        run.workers.close()
+    return run.metrics.get(run.cfg.objective, math.nan)
 
 
 def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], command: str) -> Exception:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from fmexp import datasets, rng
 from fmexp.config import maximised
-from fmexp.engine import distributed
 from fmexp.engine.compile import compiled_backward
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
+from fmexp.engine.data_parallel import DataParallel
 from fmexp.engine.evaluation import Evaluation
 from fmexp.engine.extra_state import ExtraState
 from fmexp.engine.freeze import train_mode
@@ -338,7 +338,7 @@ def build_backward(run: Run) -> Backward:
     if run.world:
         if run.cfg.train.compile is True:
             log.warning("train.compile=true: the step of several processes is not compiled")
-        return distributed.Backward(
+        return DataParallel(
             run.world, run.model, run.loss, precision, memory_format=memory_format,
             sync_batchnorm=run.cfg.train.sync_batchnorm, unused=has_unused_parameters(run),
         )  # fmt: skip

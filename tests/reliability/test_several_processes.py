@@ -88,6 +88,7 @@ def test_a_killed_process_ends_the_others_with_words(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_random_kills(undisturbed: Callable[[], Path], tmp_path: Path) -> None:
     """Of a random process in a random batch; a run that comes to its end is compared, and the next begun."""
     seed = int(os.environ.get("RELIABILITY_SEED") or random.SystemRandom().randrange(2**32))
