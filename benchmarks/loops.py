@@ -6,6 +6,7 @@ an epoch of data that is loaded or augmented against a plain loop; the memory of
     python benchmarks/loops.py evaluation <pairs>
     python benchmarks/loops.py data <pairs> <kind> <workers> <folder of the data> <part> <override>...
     python benchmarks/loops.py memory 1 <override>...
+    torchrun --nproc-per-node=2 benchmarks/loops.py processes <pairs> <batches> device=cpu <override>...
 
 The last line of its output is JSON: seconds by name, one of each a pair. benchmarks/run.py calls this.
 """
@@ -22,13 +23,15 @@ from unittest import mock
 
 import torch
 from hydra.utils import instantiate
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST, ImageFolder
 
-from fmexp import compose, execute, execution
+from fmexp import compose, execute, execution, process
 from fmexp.build import build
 from fmexp.datasets import Dataset
 from fmexp.rundir import tensorboard
@@ -76,6 +79,31 @@ def bare(overrides: list[str], batches: int, threads: int, options: bool = False
             done += 1
     seconds = clock() - began
     torch.set_num_threads(DEFAULT_THREADS)
+    return seconds
+
+
+def distributed(overrides: list[str], batches: int) -> float:
+    """Seconds of a plain loop with DistributedDataParallel, as in torch's tutorial, on images in memory."""
+    cfg = compose(overrides)
+    data = build(cfg).dataset
+    images, labels = data.normalise(data.train.images), data.train.labels
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = DistributedDataParallel(
+        instantiate(cfg.model, input_shape=data.input_shape, num_classes=len(data.classes)).train()
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.optimizer.lr, momentum=cfg.optimizer.momentum)
+    criterion = nn.CrossEntropyLoss()
+    sampler = DistributedSampler(range(len(images)))
+    dist.barrier()
+    began = clock()
+    for chosen in torch.tensor(list(sampler)).split(cfg.train.batch_size // dist.get_world_size())[:batches]:
+        optimizer.zero_grad()
+        loss = criterion(model(images[chosen]), labels[chosen])
+        loss.backward()
+        optimizer.step()
+    seconds = clock() - began
+    dist.destroy_process_group()
     return seconds
 
 
@@ -207,6 +235,13 @@ def main(what: str, pairs: int, *rest: str) -> None:
         work = {"fmexp": evaluation}
     elif what == "memory":
         work = {"fmexp": lambda: memory([*rest])}
+    elif what == "processes":
+        batches, overrides = int(rest[0]), ["experiment=tutorial", "train.epochs=1000", *rest[1:]]
+        work = {
+            "fmexp": lambda: ours(overrides, batches),
+            "fmexp, each its own batch statistics": lambda: ours([*overrides, "train.sync_batchnorm=false"], batches),
+            "DistributedDataParallel": lambda: distributed(overrides, batches),
+        }
     elif what == "data":
         kind, workers, data = rest[0], int(rest[1]), plain_data(rest[0], rest[2], int(rest[3]))
         overrides = ["device=cpu", "logging=light", "train.batch_size=64", "optimizer.momentum=0.9", *rest[4:]]
@@ -236,7 +271,8 @@ def main(what: str, pairs: int, *rest: str) -> None:
         for name, function in work.items():
             gc.collect()
             seconds[name].append(function())
-    print(json.dumps(seconds))
+    if not process.rank():
+        print(json.dumps(seconds))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,25 @@ class Bench:
         if lines.wait():
             raise SystemExit("networks.py failed: run it by itself to see why")
 
+    def processes(self) -> Iterator[tuple]:
+        """resnet18 by two processes of one thread, against plain DistributedDataParallel and one process of two."""
+        batches = max(2, 30 // self.scale)
+        words = [str(batches), "device=cpu", "model=resnet18", "train.batch_size=64"]
+        script, torchrun = str(HERE / "loops.py"), ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        pairs = [
+            [json.loads(child(*start, script, what, "1", *words)[2])
+             for start, what in ((torchrun, "processes"), ([], "training"))]
+            for _ in range(self.pairs)
+        ]  # fmt: skip
+        two, one = ({name: statistics.median(pair[k][name][0] for pair in pairs) / batches for name in pairs[0][k]}
+                    for k in (0, 1))  # fmt: skip
+        plain, work = two.pop("DistributedDataParallel"), "resnet18, batch 64, two processes"
+        for name, a in two.items():
+            own = name.removeprefix("fmexp")
+            yield work + own, f"{a * 1e3:.1f} ms", "plain DDP", f"{plain * 1e3:.1f} ms", plain / a, 0.95
+        a, b = two["fmexp"], one["fmexp"]
+        yield work, f"{a * 1e3:.1f} ms", "one process, two threads", f"{b * 1e3:.1f} ms", b / a, 0.5
+
     def data(self) -> Iterator[tuple]:
         """The second epoch on data that is loaded or augmented, batch 64, against a plain loop with a DataLoader."""
         fashion, pictures = str(self.scratch / "data"), self.scratch / "pictures"
@@ -247,7 +266,7 @@ def unpack(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = ["whole", "training", "options", "data", "networks", "evaluation", "sweep", "start"]
+    rows = ["whole", "training", "options", "data", "networks", "processes", "evaluation", "sweep", "start"]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="which rows")
     parser.add_argument("--pairs", type=int, default=3, help="how often each of two is measured")
     parser.add_argument("--quick", action="store_true", help="a tenth of the batches; says how it works, not how fast")

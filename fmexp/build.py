@@ -17,10 +17,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fmexp import datasets, rng, weights
+from fmexp import datasets, process, rng, weights
 from fmexp.config import Moment, maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.engine import backend, evaluation
+from fmexp.engine.distributed import World
 from fmexp.engine.freeze import freeze, train_mode
 from fmexp.engine.loss import Loss, weights_of_classes
 from fmexp.engine.optim import build_optimizer
@@ -29,17 +30,28 @@ from fmexp.errors import CodeError, ConfigError, FmexpError
 from fmexp.run import Run, Stage, eval_mode, steps_per_epoch, total_steps
 
 
-def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset | None = None) -> Run:
+def build(
+    cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset | None = None, world: World | None = None
+) -> Run:
     """Build all that a run is made of, and touch no folder.
 
     Args:
         dataset: in place of what `cfg.dataset` names.
         resumed: a checkpoint has the weights, so that those of `cfg.weights` are not wanted; their file may be gone.
+        world: the processes that train the run together.
 
     Raises:
         ConfigError, DataError: something cannot be built; the message names the key and the way out.
     """
     device = backend.find_device(cfg.device)
+    if world and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", process.local_rank())
+    processes = world.size if world else 1
+    if cfg.train.batch_size < processes:
+        raise ConfigError(
+            f"train.batch_size={cfg.train.batch_size} is the whole batch, and fewer images than the {processes} "
+            f"processes that divide it. Take train.batch_size={processes} or more, or start fewer processes."
+        )
     rng.seed_all(cfg.seed)
     stages = [_stage(name, node) for name, node in cfg.stage.items() if node.get("enabled", True)]
     stages.sort(key=lambda stage: list(Moment.__members__).index(stage.when))  # as the run comes to them
@@ -49,13 +61,14 @@ def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset |
         dataset = dataset.to(device)
         loaded, labels = (part.to(device) for part in dataset.sample(cfg.train.batch_size, raw=True))
     images, augment = dataset.ready(loaded), _augment(cfg, len(dataset.classes))
-    few, keys, compiled, steps = images[:2], cfg.backend, cfg.train.compile, total_steps(cfg, dataset)
+    few, keys, steps = images[:2], cfg.backend, total_steps(cfg, dataset)
+    compiled, share = cfg.train.compile if processes == 1 else False, -(-cfg.train.batch_size // processes)
     model = build_model(cfg, dataset, few)
     begun_from = weights.load(model, cfg.weights, strict=cfg.weights_strict) if cfg.weights and not resumed else ""
     frozen = freeze(model, cfg.train.freeze)
     with eval_mode(model, cfg.seed):
-        _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps)
-        how = backend.choose(model, few, cfg.train.batch_size, **keys, compiled=compiled, steps=steps)
+        _check_last_batch(cfg, model, images[:1], datasets.length(dataset.train), steps, processes)
+        how = backend.choose(model, few, share, **keys, compiled=compiled, steps=steps, processes=processes)
         how_evaluated = backend.choose(model, few, evaluation.BATCH, **keys)
     if cfg.train.accumulate > (batches := steps_per_epoch(cfg, dataset)):
         asked = f"train.accumulate={cfg.train.accumulate}"
@@ -65,7 +78,7 @@ def build(cfg: DictConfig, *, resumed: bool = False, dataset: datasets.Dataset |
     _check_kind("optimizer", cfg.optimizer, optimizer, Optimizer)
     loss, schedule = _loss(cfg, dataset, device), _schedule(cfg, dataset, optimizer, batches, steps)
     run = Run(cfg, device, dataset, model, optimizer, loss, schedule, _average(cfg, model), stages, augment,
-              (images, labels), how, how_evaluated, begun_from=begun_from)  # fmt: skip
+              (images, labels), how, how_evaluated, world, begun_from=begun_from)  # fmt: skip
     if augment:
         run.batch = _augmented(run, loaded, labels)
     return run
@@ -297,19 +310,23 @@ def _lazy(model: nn.Module) -> list[str]:
     return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
 
 
-def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: int, steps: int) -> None:
-    """Raise ConfigError where a batch of one image is left, and the model cannot be trained on one (BatchNorm)."""
-    size = cfg.train.batch_size
-    if size != 1 and (count % size != 1 or steps * size < count):
+def _check_last_batch(cfg: DictConfig, model: nn.Module, image: Tensor, count: int, steps: int, processes: int) -> None:
+    """Raise ConfigError where a batch of one image is left, and the model cannot be trained on one (BatchNorm); or one
+    of so few that one of several processes, whose statistics are its own, has one."""
+    size, left = cfg.train.batch_size, count % cfg.train.batch_size
+    few = 1 if cfg.train.sync_batchnorm else 2 * processes - 1
+    if size > few and (not 0 < left <= few or steps * size < count):
         return
     train_mode(model, cfg.train.freeze)
     try:
         with torch.no_grad():
             model(image)
     except ValueError as error:
-        other = next(one for one in itertools.count(size + 1) if count % one != 1)
+        other = next(one for one in itertools.count(max(size, few) + 1) if not 0 < count % one <= few)
+        shared = "" if few == 1 else f", of which with train.sync_batchnorm=false one of {processes} processes has one"
         raise ConfigError(
-            f"train.batch_size={size} leaves one of {count:,} images as the last batch of an epoch, and "
+            f"train.batch_size={size} leaves {'one' if few == 1 else left or size} of {count:,} images as the last "
+            f"batch of an epoch{shared}, and "
             f"model._target_={cfg.model._target_} cannot be trained on one: {error}. "
             f"Take another size, such as train.batch_size={other}."
         ) from error

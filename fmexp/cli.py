@@ -1,7 +1,10 @@
 """The entry point: Hydra composes and checks the configuration; only then is torch imported and the run executed."""
 
+import logging
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -36,7 +39,7 @@ class Door(Callback):
     Hydra makes one of these itself, for conf/config.yaml names it; so what it notes is the class's.
     """
 
-    entered = False
+    entered = executing = False
     new_folders: ClassVar[list[Path]] = []  # the run's, and those parents that are not there either
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -53,6 +56,11 @@ class Door(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
             output_folder(config, "hydra.sweep.dir")
+            if process.world_size() > 1:
+                raise ConfigError(
+                    "--multirun under torchrun would start the sweep in each process. A sweep is started without "
+                    "torchrun, python -m fmexp --multirun ...; a single run of several processes without --multirun."
+                )
             from fmexp.sweep import plugins  # a single run does without
 
             plugins.register()
@@ -80,6 +88,7 @@ def run(cfg: DictConfig) -> float:
             from fmexp.rundir import layout
 
         process.resume_gc()
+        Door.executing = True
         with beside_the_bar():
             command = resume_command("hydra.run.dir", output_dir)
             objective = execute(cfg, output_dir, hydra_files=files, resume_command=command)
@@ -96,6 +105,18 @@ def run(cfg: DictConfig) -> float:
     return objective
 
 
+def follow() -> None:
+    """In another process of a run than the first: compute, and say nothing that the first one says."""
+    logging.disable()
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins: Python's own waits for the other process
+    with messages.instead_of_tracebacks():
+        from fmexp import execution
+
+        process.resume_gc()
+        execution.follow()
+
+
 def beside_the_bar() -> AbstractContextManager[None]:
     """On a terminal, write log lines above the progress bar and not into it."""
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
@@ -107,10 +128,22 @@ def beside_the_bar() -> AbstractContextManager[None]:
 
 def main() -> None:
     """The program."""
+    if process.rank():
+        return follow()
+    try:
+        _lead()
+    finally:
+        if process.world_size() > 1 and not Door.executing:
+            from fmexp.engine import distributed
+
+            distributed.dismiss()
+
+
+def _lead() -> None:
     if "--version" in sys.argv[1:]:  # Hydra would say its own alone
         print(f"fmexp {fmexp.__version__} (hydra-core {hydra.__version__})")
         return process.require_output()
-    Door.entered, Door.new_folders = False, []
+    Door.entered, Door.executing, Door.new_folders = False, False, []
     with messages.instead_of_tracebacks():
         try:
             run()

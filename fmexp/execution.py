@@ -18,9 +18,11 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 import fmexp
-from fmexp import config, datasets, models, rng
+from fmexp import config, datasets, models, process, rng
 from fmexp.build import build, target
 from fmexp.config.overrides import quote
+from fmexp.engine import distributed
+from fmexp.engine.distributed import LostError, World
 from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.process import Stop
 from fmexp.run import Run, steps_per_epoch, total_steps
@@ -53,6 +55,38 @@ def execute(
         ConfigError, DataError: the run cannot begin; the folder is as it was.
         SystemExit: a signal stopped the run after it had saved itself; the status is 128 + the signal's number.
     """
+    if process.rank():
+        return follow()
+    with distributed.lead() as world:
+        return _execute(cfg, output_dir, hydra_files, resume_command, pause_at, world)
+
+
+def follow() -> float:
+    """In another process of a run than the first: compute with it what it executes; the objective."""
+    command = ""
+    with distributed.follow() as world:
+        if world is None:
+            return math.nan
+        with Stop() as stop:
+            try:
+                given = world.broadcast(None)
+                if given is None:  # another command was quicker
+                    return math.nan
+                cfg, state, command = given
+                return _follow(world, cfg, state, stop)
+            except Exception as error:
+                explained = world.explain(error, command)
+                if not isinstance(explained, FmexpError):
+                    raise
+                if isinstance(explained, LostError) and world.speaks():  # now: torchrun sends SIGTERM at any moment
+                    print(explained, file=sys.stderr, flush=True)
+                raise SystemExit(1) from error  # else the first process says why
+
+
+def _execute(
+    cfg: DictConfig, output_dir: str | Path, hydra_files: Mapping[str, DictConfig | ListConfig] | None,
+    resume_command: str, pause_at: int | None, world: World | None,
+) -> float:  # fmt: skip
     config.check(cfg)
     tree = config.resolved(cfg)
     output_dir = Path(output_dir).absolute()
@@ -60,10 +94,14 @@ def execute(
     if (objective := _finished(output_dir, tree, pause_at)) is not None:
         return objective
     resumed = checkpoint.exists(output_dir)
-    run = build(cfg, resumed=resumed)
+    run = build(cfg, resumed=resumed, world=world)
+    if world:  # before signals are but noted: an end of another process while it joins would not be seen
+        world.join()
     with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir, tree, pause_at)) is not None:
+            if world:
+                world.broadcast(None)
             return objective
         state = checkpoint.load(output_dir)
         if state:  # .hydra/, which check_identity reads, may have been removed
@@ -71,15 +109,36 @@ def execute(
             if config.is_longer(state["config"], tree):
                 _check_longer(run, output_dir, state)
         elif resumed:  # another process has removed its checkpoint
-            run = build(cfg)
+            run = build(cfg, world=world)
         try:
+            if world:
+                world.broadcast((config.frozen(cfg), state, resume_command or "the same call"))
             execution = _Execution(run, output_dir, tree, stop, resume_command, pause_at)
             return execution.go(state, hydra_files or {})
         except Exception as error:
-            raised = _failed(error, run, output_dir, tree, resume_command or "the same call")
+            command = resume_command or "the same call"
+            explained = world.explain(error, command) if world else error
+            raised = _failed(explained, run, output_dir, tree, command)
             if raised is error:
                 raise
             raise raised from error
+
+
+def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None, stop: Stop) -> float:
+    run = build(cfg, resumed=state is not None, world=world)
+    run.writer = tensorboard.NoWriter()  # type: ignore[assignment]
+    trainer = Trainer(run, stop=stop)
+    if state:
+        trainer.load_state_dict(state)
+    try:
+        with run.backend.applied():
+            trainer.fit()
+            trainer.finish()
+    except DivergedError:
+        return math.nan
+    finally:
+        run.workers.close()
+    return run.metrics.get(run.cfg.objective, math.nan)
 
 
 def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], command: str) -> Exception:
@@ -89,6 +148,9 @@ def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], 
             f"The disk is full: {output_dir} ({full}). What the last checkpoint holds is safe; make space, then go on "
             f"with\n  {command}"
         )
+    if isinstance(error, LostError):
+        log.error("%s", error)
+        return error
     known = error if isinstance(error, FmexpError) else datasets.killed_worker(error)
     said = str(known or f"{type(error).__name__}: {error}")
     log.error("the run failed at step %d: %s", run.step, said, exc_info=None if known else error)
@@ -138,7 +200,7 @@ class _Execution:
             self._announce(resumed=state is not None)
             with run.backend.applied():
                 if not state:
-                    hparams.write_hparams(run.writer, self.output_dir, self.tree)
+                    hparams.write_hparams(run.writer, self.output_dir, self.tree, run.backend.processes)
                     run.writer.add_text("config", text, 0)
                     run.writer.add_text("lineage", lineage.text(origin), 0)
                     run.run_stages("start")

@@ -177,13 +177,30 @@ def resume_gc() -> None:
         gc.enable()
 
 
+def rank() -> int:
+    """Which of a run's processes this is, from 0, as torchrun says."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which one it is of those on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    """How many processes torchrun has started to train one run."""
+    told = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["WORLD_SIZE"]) if told else 1
+
+
 sharers = 1  # processes that share the cores with this one: those of a sweep side by side
 
 
 def available_cores() -> int:
     """How many cores this process may use; macOS does not say, and there it is how many there are."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // sharers)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+    return max(1, cores // (sharers * ranks))
 
 
 def available_memory() -> int:

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fmexp import config, datasets, rng
 from fmexp.engine.backend import Backend
 from fmexp.engine.cuda_graph import bits
+from fmexp.engine.distributed import World
 from fmexp.engine.evaluation import Evaluation, evaluate
 from fmexp.engine.loss import Loss
 from fmexp.engine.schedule import Schedule
@@ -83,6 +84,7 @@ class Run:
         best_epoch: whose weights were kept, once training has ended; None: the last ones.
         begun_from: what was taken from cfg.weights, in words; empty where nothing was.
         backend, evaluation_backend: how the training and the evaluation are computed.
+        world: the processes that train this run together; None: this one alone.
     """
 
     cfg: DictConfig
@@ -98,6 +100,7 @@ class Run:
     batch: tuple[Tensor, Tensor]
     backend: Backend
     evaluation_backend: Backend
+    world: World | None = None
     step: int = 0
     epoch: int = 0
     position: int = 0
@@ -128,7 +131,12 @@ class Run:
             self._evaluations[split] = self.evaluate_images(split)
         return self._evaluations[split]
 
-    def evaluate_images(self, split: str, indices: Tensor | None = None) -> Evaluation:
+    def evaluate_together(self) -> None:
+        """Evaluate `split` on all processes of the run, each of which has a share of the images."""
+        if self.world:
+            self._evaluations[self.split] = self.evaluate_images(self.split, world=self.world)
+
+    def evaluate_images(self, split: str, indices: Tensor | None = None, *, world: World | None = None) -> Evaluation:
         """What the model, as it is now, says of a split, or of those of its images that `indices`, int64 [N], has."""
         how = self.evaluation_backend
         with eval_mode(self.kept, rng.derive_seed(self.cfg.seed, "evaluation")), how.applied():
@@ -140,6 +148,7 @@ class Run:
                 device=self.device,
                 workers=self.workers,
                 memory_format=how.memory_format,
+                world=world,
             )
 
     @cached_property
@@ -189,9 +198,9 @@ class Run:
         self.writer.add_scalar(tag, value, self.step)
 
     def run_stages(self, moment: str) -> None:
-        """Execute the stages of a moment, in the order of the configuration."""
+        """Execute the stages of a moment, in the order of the configuration; the first process of a run does so."""
         for stage in self.stages:
-            if stage.when == moment:
+            if stage.when == moment and not (self.world and self.world.rank):
                 self._execute(stage)
 
     def _execute(self, stage: Stage) -> None:

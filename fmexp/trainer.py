@@ -16,6 +16,7 @@ from fmexp import datasets, rng
 from fmexp.config import maximised
 from fmexp.engine.compile import compiled_backward
 from fmexp.engine.cuda_graph import CudaRecorder, GraphedStep, Recorder
+from fmexp.engine.data_parallel import DataParallel
 from fmexp.engine.evaluation import Evaluation
 from fmexp.engine.extra_state import ExtraState
 from fmexp.engine.freeze import train_mode
@@ -62,6 +63,8 @@ class Trainer:
         self.run, self.folder, self.about = run, folder, about or {}
         self.pause_at = pause_at
         self.stop, self.resume_command = stop or Stop(), resume_command
+        if run.world:
+            run.world.stop.own, self.stop = self.stop, run.world.stop
         self.train_step = TrainStep(run.model, run.optimizer, clip_grad=run.cfg.train.clip_grad)
         self.step: Step | None = None  # the same, perhaps as a graph
         if any(stage.reads_last_update for stage in run.stages):
@@ -97,7 +100,7 @@ class Trainer:
         step = self.step = self.build_step()
         until = min(self.total_steps, self.pause_at or self.total_steps)
         # tqdm reads its variable at import alone, and not where `disable` is given. None: shown on a terminal alone.
-        hidden = True if os.environ.get("TQDM_DISABLE") else None
+        hidden = True if os.environ.get("TQDM_DISABLE") or (run.world and run.world.rank) else None
         bar = tqdm(
             total=self.total_steps, initial=run.step, unit=" batches", disable=hidden, leave=False, dynamic_ncols=True
         )
@@ -110,7 +113,12 @@ class Trainer:
                     run.dataset, run.dataset.train, rest, self.batch_size,
                     device=run.device, workers=workers, seed=(seed, run.epoch),
                     raw=run.augment is not None,  # else it normalises many small batches at a time
+                    own=run.world.own if run.world else None,
                 ):  # fmt: skip
+                    if run.world:
+                        whole = min(self.batch_size, len(order) - run.position * self.batch_size)
+                        every = run.augment is not None
+                        images, labels = run.world.gather_batch(images, labels, whole, all_images=every)
                     if run.augment is not None:
                         images, labels = run.augmented(images, labels, run.step)
                     run.batch = images, labels
@@ -127,6 +135,7 @@ class Trainer:
         """The fastest step that this run can have: plain, compiled, or a CUDA graph of either."""
         run = self.run
         self.train_step.backward = build_backward(run)
+        self.share_changes("start")
         recorder = find_recorder(run)
         if recorder is None:
             return self.train_step
@@ -150,6 +159,8 @@ class Trainer:
             run.average.update_parameters(run.model)
         run.losses.append(loss)
         run.step += 1
+        if run.world and not loss.isfinite():
+            mean_loss(run.losses, run.step)  # now, and not when the first process alone saves itself: all end together
         run.position += 1
         run.forget_evaluations()
         if run.step % self.log_every == 0:  # at the end, too, `finish` logs the rest: a longer run has no point there
@@ -201,6 +212,7 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate the split that is looked at now, and write its metrics."""
         run = self.run
+        run.evaluate_together()
         if not math.isfinite(run.evaluation.loss):
             raise DivergedError(run.step, run.evaluation.loss)
         return run.write_metrics()
@@ -226,9 +238,21 @@ class Trainer:
 
     def run_stages(self, moment: str) -> None:
         """Execute the stages of a moment, and tell a graph of the step that they may have changed something."""
-        self.run.run_stages(moment)
+        run = self.run
+        if len(run.batch[0]) < len(run.batch[1]) and any(stage.when == moment for stage in run.stages):
+            run.batch = last_batch(run)  # whole: of data that is loaded each of several processes has its part
+        run.run_stages(moment)
+        self.share_changes(moment)
         if isinstance(self.step, GraphedStep):
             self.step.state_may_have_changed()
+
+    def share_changes(self, moment: str) -> None:
+        """Give the other processes what stages that change the model or the optimizer have changed."""
+        run = self.run
+        if run.world and any(stage.when == moment and stage.changes for stage in run.stages):
+            model, optimizer = run.world.broadcast((run.model.state_dict(), run.optimizer.state_dict()))
+            run.model.load_state_dict(model)
+            run.optimizer.load_state_dict(optimizer)
 
     def save_if_due(self) -> None:
         """Save at the end of an epoch, at a stop, and as often as train.checkpoint_every says, or else so rarely that
@@ -314,8 +338,9 @@ class Trainer:
         run.step, run.epoch, run.position = state["step"], state["epoch"], state["position"]
         run.losses = list(state["losses"].to(run.device))
         run.metrics, run.failures, run.seconds = state["metrics"], state["failures"], state["seconds"]
-        kept = {k: state["backend"].get(k, False) for k in ("threads", "onednn", "compiled", "channels_last")}
-        run.backend = replace(run.backend, **kept)
+        if state["backend"].get("processes", 1) == run.backend.processes:
+            kept = {k: state["backend"].get(k, False) for k in ("threads", "onednn", "compiled", "channels_last")}
+            run.backend = replace(run.backend, **kept)
         if changed := run.backend.changed(state["backend"]):
             log.warning("resumed under other conditions, so that the last bits may differ: %s", "; ".join(changed))
         if run.step:
@@ -328,6 +353,13 @@ def build_backward(run: Run) -> Backward:
     Trying it changes nothing of the run but run.backend.compiled.
     """
     size, memory_format, precision = run.cfg.train.batch_size, run.backend.memory_format, run.cfg.train.precision
+    if run.world:
+        if run.cfg.train.compile is True:
+            log.warning("train.compile=true: the step of several processes is not compiled")
+        return DataParallel(
+            run.world, run.model, run.loss, precision, memory_format=memory_format,
+            sync_batchnorm=run.cfg.train.sync_batchnorm, unused=has_unused_parameters(run),
+        )  # fmt: skip
     in_order = plain_backward(run.model, run.loss, precision)
 
     def plain(images: Tensor, labels: Tensor, factor: float) -> Tensor:
@@ -349,13 +381,23 @@ def build_backward(run: Run) -> Backward:
     return lambda images, labels, factor: (whole if len(labels) == size else plain)(images, labels, factor)
 
 
+def has_unused_parameters(run: Run) -> bool:
+    """Whether training leaves out some of the parameters that it could train: DistributedDataParallel wants to know."""
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    with eval_mode(run.model, 0):
+        train_mode(run.model, run.cfg.train.freeze)
+        loss = run.model(run.batch[0][:2]).sum()
+        return any(gradient is None for gradient in torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
 def find_recorder(run: Run) -> Recorder | None:
     """What can capture this run's step: on CUDA alone, with the data there, and where train.compile is not false.
 
     Steps of several batches (train.accumulate) are not all alike.
     """
     in_memory, cfg = isinstance(run.dataset.train, datasets.Split), run.cfg.train
-    possible = run.device.type == "cuda" and in_memory and cfg.compile is not False and cfg.accumulate == 1
+    alone = in_memory and cfg.accumulate == 1 and run.world is None
+    possible = run.device.type == "cuda" and alone and cfg.compile is not False
     return CudaRecorder(run.device) if possible else None
 
 
@@ -365,6 +407,7 @@ def last_batch(run: Run) -> tuple[Tensor, Tensor]:
     epoch, position = divmod(run.step - 1, steps_per_epoch(run.cfg, run.dataset))
     indices = datasets.order(run.cfg.seed, epoch, count)[position * cfg.batch_size :][: cfg.batch_size]
     how: dict[str, Any] = {"device": run.device, "seed": (run.cfg.seed, epoch), "raw": True}
+    how["own"] = (lambda every: every) if run.world else None
     images, labels = next(datasets.batches(run.dataset, run.dataset.train, indices, cfg.batch_size, **how))
     return run.augmented(images, labels, run.step - 1)
 

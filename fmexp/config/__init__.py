@@ -6,6 +6,7 @@ from fmexp.config.identity import (
     difference,
     digest,
     flat,
+    frozen,
     hparams,
     identity,
     is_longer,
@@ -20,6 +21,6 @@ from fmexp.config.validate import check, closed, no_key, no_text, output_folder,
 
 __all__ = [
     "NOT_IN_DIGEST", "SCHEMAS", "Config", "Moment", "check", "closed", "compose", "conf_dir", "difference", "digest",
-    "flat", "hparams", "identity", "is_longer", "is_shown", "left_out", "maximised", "no_key", "no_text",
+    "flat", "frozen", "hparams", "identity", "is_longer", "is_shown", "left_out", "maximised", "no_key", "no_text",
     "output_folder", "resolved", "rung_metric", "without_hydra", "wrong_value",
 ]  # fmt: skip

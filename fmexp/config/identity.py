@@ -1,5 +1,6 @@
 """What makes two configurations the same run: their plain form, digest and difference."""
 
+import copy
 import hashlib
 import json
 from typing import Any
@@ -21,6 +22,13 @@ OWN = "not_in_digest"  # the key in which a dataset of one's own lists those of 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain dicts, lists, strings and numbers, every interpolation resolved."""
     return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]
+
+
+def frozen(cfg: DictConfig) -> DictConfig:
+    """A copy with every interpolation resolved, for another process: there ${now:} is another time."""
+    copied = copy.deepcopy(cfg)
+    OmegaConf.resolve(copied)
+    return copied
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Words of the command line: quoted for Hydra, taken apart, and the command that goes on with a run or a sweep."""
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from fmexp import process
 
 
 def quote(value: str) -> str:
@@ -39,4 +42,7 @@ def resume_command(key: str, folder: Path) -> str:
     """
     words = [word for word in sys.argv[1:] if not word.startswith((f"{key}=", "resume="))]  # resume=false would refuse
     program = ["fmexp"] if Path(sys.argv[0]).name == "fmexp" else ["python", "-m", "fmexp"]
+    if process.world_size() > 1:
+        nodes, each = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        program = ["torchrun", *[f"--nnodes={nodes}"] * (nodes != "1"), f"--nproc-per-node={each}", "-m", "fmexp"]
     return shlex.join([*program, *words, f"{key}={quote(str(folder))}"])

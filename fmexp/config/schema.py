@@ -52,6 +52,7 @@ class Train:
     checkpoint_every: int | None = limited(None, least=1)
     keep_checkpoint: bool = True
     freeze: list[str] = listed()
+    sync_batchnorm: bool = True
     tag: str = "train/loss"
 
 

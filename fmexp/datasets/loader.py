@@ -4,7 +4,7 @@ import multiprocessing
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -31,7 +31,8 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(rng.derive_seed(seed, "order", epoch)))
 
 
-Task = tuple[str, int, int, list[int]]  # which split, seed, epoch, the indices of a batch
+# Which split, seed, epoch, the indices of a batch, and whether each of its images has random numbers of its own.
+Task = tuple[str, int, int, list[int], bool]
 
 
 def batches(
@@ -44,6 +45,7 @@ def batches(
     workers: "Workers | None" = None,
     seed: tuple[int, int] = (0, 0),
     raw: bool = False,
+    own: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 [B, C, H, W], labels int64 [B]) on `device`, in the order of `indices`.
 
@@ -52,6 +54,8 @@ def batches(
         seed: (seed, epoch). A map-style split's own randomness (augmentation) is seeded with these and the first index
             of a batch, so that it does not depend on the workers or on where in the epoch one begins.
         raw: give the images as the split has them, uint8 or float32, and do not normalise.
+        own: what this process loads of a map-style split's batch, where several share it. Each image is then seeded by
+            its own index, so that its random numbers do not depend on who loads it. Of a split in memory it has all.
     """
     if isinstance(split, Split):
         # Many small batches at a time, for calling a kernel takes longer than a small one does. Not where a batch would
@@ -64,7 +68,8 @@ def batches(
                 yield pair[0].detach(), pair[1].detach()  # else autograd knows them as views of one, not to be changed
         return
     name = next(name for name, part in vars(dataset).items() if part is split)
-    tasks = [(name, *seed, chosen.tolist()) for chosen in indices.split(batch_size)]
+    parts = indices.split(batch_size) if own is None else map(own, indices.split(batch_size))
+    tasks = [(name, *seed, chosen.tolist(), own is not None) for chosen in parts]
     loaded: Iterator[Any] = workers.load(tasks) if workers else map(_Batches(dataset).__getitem__, tasks)
     for batch in loaded:
         if isinstance(batch, DataError):
@@ -81,10 +86,13 @@ class _Batches(torch.utils.data.Dataset[Any]):
         self.dataset = dataset
 
     def __getitem__(self, task: Task) -> "tuple[Tensor, Tensor] | _Packed | DataError":
-        name, seed, epoch, indices = task
+        name, seed, epoch, indices, each = task
+        samples, split = [], getattr(self.dataset, name)
         try:
-            with rng.fork_cpu(rng.derive_seed(seed, "sample", epoch, indices[0])):
-                batch = stack(self.dataset.samples_at(getattr(self.dataset, name), indices))
+            for together in [[index] for index in indices] if each else [indices]:
+                with rng.fork_cpu(rng.derive_seed(seed, "sample", epoch, together[0])):
+                    samples += self.dataset.samples_at(split, together)
+            batch = stack(samples)
             return batch if get_worker_info() is None else _Packed(batch)
         except DataError as error:  # returned, for torch would put a traceback into its message
             return error

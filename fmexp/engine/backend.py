@@ -35,6 +35,7 @@ class Backend:
     processor: str
     compiled: bool = False
     channels_last: bool = False
+    processes: int = 1  # that compute a batch together
 
     @property
     def memory_format(self) -> MemoryFormat:
@@ -60,7 +61,7 @@ class Backend:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
 
     def __str__(self) -> str:
-        compiled = ", compiled" * self.compiled
+        compiled = ", compiled" * self.compiled + f", {self.processes} processes" * (self.processes > 1)
         if self.device != "cpu":
             return self.device + compiled
         kernels = "oneDNN" if self.onednn else "native"
@@ -69,6 +70,7 @@ class Backend:
 
     def changed(self, recorded: dict[str, object]) -> list[str]:
         """What is not as a checkpoint recorded it, as "name: recorded, now this"."""
+        recorded = {"processes": 1, **recorded}
         return [f"{k}: {recorded.get(k)}, now {v}" for k, v in asdict(self).items() if recorded.get(k) != v]
 
 
@@ -100,6 +102,7 @@ def choose(
     threads: str | int = "auto",
     compiled: bool | str = False,
     steps: int = 0,
+    processes: int = 1,
 ) -> Backend:
     """The backend for batches of `batch_size` images like `images` [B, C, H, W], which are on the device.
 
@@ -109,6 +112,7 @@ def choose(
         kernels: the convolutions' library: "onednn", "native", or "auto", by rule.
         threads: how many, or "auto", by rule.
         compiled: whether to compile the training step; "auto" where `steps` batches pay for it.
+        processes: how many there are that compute such a batch each.
     """
     layers = _layers(model, images, batch_size / len(images))
     small = _is_small(model, layers)
@@ -129,6 +133,7 @@ def choose(
         processor=torch.backends.cpu.get_cpu_capability(),
         compiled=bool(compiled),
         channels_last=candidate and _takes_channels_last(model, images),
+        processes=processes,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fmexp.datasets import Dataset, MapStyle, Split, Workers, batches, length
 from fmexp.engine import metrics
+from fmexp.engine.distributed import World
 
 BATCH = 500  # images at once: large enough for full speed on a CPU, small enough for any memory
 
@@ -78,19 +79,29 @@ def evaluate(
     device: torch.device,
     workers: Workers | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    world: World | None = None,
 ) -> Evaluation:
-    """Run the model (in the mode it is in) over a split of the dataset, or over its images at `indices`, int64 [N]; the
-    loss is the mean cross-entropy."""
+    """Run the model (in the mode it is in) over a split of the dataset; the loss is the mean cross-entropy.
+
+    Args:
+        indices: of the images, int64 [N]; None: all.
+        world: the processes that do so together, each for its share of the batches.
+    """
     indices = torch.arange(length(split)) if indices is None else indices
     count = len(indices)
-    probabilities, labels = torch.empty(count, len(dataset.classes)), torch.empty(count, dtype=torch.int64)
-    losses = torch.empty(count, dtype=torch.float64)
-    seen = 0
-    for images, targets in batches(dataset, split, indices, BATCH, device=device, workers=workers):
+    places = torch.arange(count) if world is None else world.batches(count, BATCH)
+    probabilities, labels = torch.zeros(count, len(dataset.classes)), torch.zeros(count, dtype=torch.int64)
+    losses = torch.zeros(count, dtype=torch.float64)
+    parts = iter(places.split(BATCH))
+    given = batches(dataset, split, indices[places], BATCH, device=device, workers=workers) if len(places) else ()
+    for images, targets in given:
         logits, targets = compute_logits(model, images, memory_format), targets.cpu()
-        part = slice(seen, seen := seen + len(targets))
+        first = int(next(parts)[0])
+        part = slice(first, first + len(targets))
         probabilities[part], labels[part] = F.softmax(logits, 1), targets
         losses[part] = F.cross_entropy(logits.double(), targets, reduction="none")
+    if world is not None:
+        world.combine([probabilities, labels, losses])
     return Evaluation(probabilities, labels, float(losses.mean()))
 
 

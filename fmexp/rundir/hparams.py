@@ -16,10 +16,11 @@ from fmexp.config import hparams
 from fmexp.rundir.tensorboard import add_summary
 
 
-def write_hparams(writer: SummaryWriter, output_dir: Path, tree: dict[str, Any]) -> None:
+def write_hparams(writer: SummaryWriter, output_dir: Path, tree: dict[str, Any], processes: int = 1) -> None:
     """Give the run its row in HPARAMS. Rows of equal settings stay apart, for each is a trial of its own."""
     trial = f"{output_dir.name} ({zlib.crc32(str(output_dir).encode()):08x})"  # a whole path is cut in its column
-    add_summary(writer, hp.hparams_pb(hparams(tree), trial_id=trial, start_time_secs=time.time()))
+    row = {**hparams(tree), **({"processes": processes} if processes > 1 else {})}
+    add_summary(writer, hp.hparams_pb(row, trial_id=trial, start_time_secs=time.time()))
 
 
 def set_epochs(value: Any, epochs: int) -> None:

@@ -49,6 +49,13 @@ def open_writer(cfg: DictConfig, output_dir: Path, *, step: int | None) -> Summa
     return writer
 
 
+class NoWriter:
+    """In place of a SummaryWriter: writes nothing, for the processes of a run but the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 def snapshot(writer: SummaryWriter, output_dir: Path) -> dict[str, Any]:
     """Put all that was written on the disk, and return what `rewind` needs to come back to it.
 

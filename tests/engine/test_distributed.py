@@ -1,0 +1,97 @@
+"""Several processes against one: the same weights in float64 to 1e-12, the same evaluation to the bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_parts import execute_strictly
+from several import DRAWN, execute_all
+from tools import read_events, scalars, weights
+
+from fmexp import compose
+from fmexp.build import build
+
+
+def double(kind: str) -> list[str]:
+    return ["model._target_=distributed_parts.double", f"+model.kind={kind}"]
+
+
+LENET = [*double("lenet"), "dataset.image_size=28", "optimizer.lr=0.05"]
+LOADED = ["dataset._target_=distributed_parts.loaded", "train.num_workers=1", "optimizer.lr=0.05"]
+CASES = {
+    "lenet": LENET,
+    "mlp with dropout": [*double("mlp"), "optimizer=adam", "train.clip_grad=1"],
+    "resnet18": [*double("resnet18"), "dataset.train_size=40", "train.batch_size=16"],
+    "mixup and weighted loss": [*LENET, "augment=mixup", "loss.label_smoothing=0.1", "loss.class_weights=balanced"],
+    "accumulated and averaged": [*LENET, "train.accumulate=3", "train.clip_grad=0.5", "train.ema=0.9",
+                                 "train.validation=0.2", "train.epochs=3", "train.patience=2",
+                                 "objective=val/accuracy", "schedule=plateau", "train.freeze=[model.conv1]"],
+    "loaded and augmented": [*double("mlp"), *LOADED, "augment=crop_flip", "stage.predictions.enabled=true"],
+    "branches": [*double("branches"), *LOADED, "stage.predictions.enabled=true", "stage.learning.enabled=true"],
+    "changing stage": [*LENET, "+stage.shrink={_target_: distributed_parts.shrink, when: log, tag: a, changes: true}"],
+}  # fmt: skip
+UNSYNCED = [*double("branches"), "dataset.train_size=64", "train.compile=true", "train.sync_batchnorm=false"]
+EVALUATED = ["model=lenet", "dataset.image_size=28", "dataset.test_size=1740", "train.max_steps=3"]
+
+
+def one_process(overrides: list[str], folder: Path) -> Path:
+    execute_strictly([*DRAWN, *overrides], folder)
+    return folder
+
+
+def assert_same_but_for_rounding(ours: Path, theirs: Path, name: str) -> None:
+    """All weights to 1e-12, and every point of every scalar as closely as float32 is evaluated."""
+    mine, its = weights(ours), weights(theirs)
+    assert mine.keys() == its.keys(), name
+    for key, tensor in mine.items():
+        assert tensor.dtype == its[key].dtype
+        torch.testing.assert_close(
+            tensor, its[key], rtol=1e-12, atol=1e-12, msg=lambda said, key=key: f"{name} {key}: {said}"
+        )
+    found, expected = read_events(ours), read_events(theirs)
+    tags = expected.Tags()["scalars"]
+    assert found.Tags()["scalars"] == tags, name
+    assert found.Tags()["images"] == expected.Tags()["images"], name
+    for tag in set(tags) - {"wall_seconds"}:
+        points, its_points = scalars(found, tag), scalars(expected, tag)
+        assert [step for step, _ in points] == [step for step, _ in its_points], (name, tag)
+        assert [value for _, value in points] == pytest.approx([v for _, v in its_points], rel=1e-5, abs=1e-7), (
+            name,
+            tag,
+        )
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    ended = execute_all({**CASES, "evaluated": EVALUATED, "not one": UNSYNCED, "one": UNSYNCED[:-1]}, tmp_path)
+    assert ended.status == 0, ended.err
+    for name, overrides in CASES.items():
+        assert_same_but_for_rounding(tmp_path / name, one_process(overrides, tmp_path / f"{name}, alone"), name)
+    trained = weights(tmp_path / "lenet")
+    begun = build(compose([*DRAWN, *LENET])).model.state_dict()
+    assert all((begun[name] - value).abs().max() > 1e-4 for name, value in trained.items())
+    assert_evaluated_to_the_bit(tmp_path / "evaluated")
+    assert any((weights(tmp_path / "one")[k] - v).abs().max() > 1e-6 for k, v in weights(tmp_path / "not one").items())
+
+
+def assert_evaluated_to_the_bit(folder: Path) -> None:
+    """What two processes have written is what one says of the weights that they have written."""
+    run = build(compose([*DRAWN, *EVALUATED]))
+    run.model.load_state_dict(weights(folder))
+    said = json.loads((folder / "result.json").read_text())["metrics"]
+    here = {"loss": run.evaluation.loss, **run.evaluation.metrics}
+    assert {name: said[f"test/{name}"] for name in here} == here
+    assert len(here) > 8
+
+
+def test_three_processes_whose_parts_are_uneven(tmp_path: Path) -> None:
+    """Of eight images they have three, three and two; of the last batch's one, two processes have none."""
+    cases = {name: CASES[name] for name in ("mlp with dropout", "branches", "loaded and augmented")}
+    cases["branches"] = [*cases["branches"], "dataset.train_size=66"]
+    noisy = [*double("mlp"), *LOADED, "+dataset.noisy=true"]
+    for processes, some in ((3, {**cases, "three": noisy}), (2, {"two": noisy})):
+        ended = execute_all(some, tmp_path, processes)
+        assert ended.status == 0, ended.err
+    for name, overrides in cases.items():
+        assert_same_but_for_rounding(tmp_path / name, one_process(overrides, tmp_path / f"{name}, alone"), name)
+    assert_same_but_for_rounding(tmp_path / "three", tmp_path / "two", "random numbers of a map-style dataset")
