@@ -466,7 +466,10 @@ def test_a_graph_is_for_cuda_with_its_data_there_and_compile_not_false(
     data = datasets.synthetic(4, 4)
     split = data.train if in_memory else torch.utils.data.TensorDataset(torch.zeros(4, 1, 28, 28), torch.zeros(4))
     run: Any = SimpleNamespace(
-        device=torch.device(device), dataset=SimpleNamespace(train=split), cfg=small(f"train.compile={setting}")
+        device=torch.device(device),
+        dataset=SimpleNamespace(train=split),
+        cfg=small(f"train.compile={setting}"),
+        world=None,
     )
     assert trainer.find_recorder(run) == (("graph", torch.device(device)) if used else None)
 
