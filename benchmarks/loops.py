@@ -12,6 +12,7 @@ The last line of its output is JSON: seconds by name, one of each a pair. benchm
 """
 
 import gc
+import itertools
 import json
 import re
 import statistics
@@ -38,6 +39,7 @@ from fmexp.rundir import tensorboard
 from fmexp.trainer import Trainer
 
 DEFAULT_THREADS = torch.get_num_threads()
+PLAIN = itertools.count()
 OPTIONS = ["schedule=cosine", "loss.label_smoothing=0.1", "train.clip_grad=1.0", "train.ema=0.999"]
 
 
@@ -87,7 +89,9 @@ def distributed(overrides: list[str], batches: int) -> float:
     cfg = compose(overrides)
     data = build(cfg).dataset
     images, labels = data.normalise(data.train.images), data.train.labels
-    dist.init_process_group("gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    prefix = f"plain {next(PLAIN)}"  # torchrun's store still has the addresses of the last one
+    dist.init_process_group("gloo", store=dist.PrefixStore(prefix, store), rank=rank, world_size=size)
     torch.manual_seed(0)
     model = DistributedDataParallel(
         instantiate(cfg.model, input_shape=data.input_shape, num_classes=len(data.classes)).train()
