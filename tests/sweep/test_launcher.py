@@ -59,7 +59,7 @@ def test_a_failing_member_harms_no_other_and_is_executed_again(launcher: tuple[s
     assert printed[at + 1 : at + 13] == [f"    {line}" for line in details], "the end of its log"
     assert "ValueError: the model b does not want to be trained" in details
     assert "ValueError" not in (member(root, "tag-a") / "fmexp.log").read_text()
-    assert first.output.index("does not want") < first.output.index("train/loss  test/loss"), "at once, not at the end"
+    assert first.output.index("does not want") < first.output.index("  status  "), "at once, not at the end"
     assert [result(member(root, f"tag-{tag}"))["status"] for tag in "abc"] == ["complete", "failed", "complete"]
     summary = "failed: 1_tag-b: ValueError: the model b does not want to be trained (more in its fmexp.log)"
     assert summary in first.output
