@@ -18,14 +18,13 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 import fmexp
-from fmexp import config, datasets, models, process, rng
+from fmexp import config, datasets, longer, models, process, rng
 from fmexp.build import build, target
-from fmexp.config.overrides import quote
 from fmexp.engine import distributed
 from fmexp.engine.distributed import LostError, World
-from fmexp.errors import ConfigError, FmexpError, printable
+from fmexp.errors import FmexpError, printable
 from fmexp.process import Stop
-from fmexp.run import Run, steps_per_epoch, total_steps
+from fmexp.run import Run, total_steps
 from fmexp.rundir import atomic, checkpoint, hparams, layout, lineage, results, rungs, tensorboard
 from fmexp.rundir.atomic import disk_full
 from fmexp.trainer import DivergedError, Trainer
@@ -107,7 +106,7 @@ def _execute(
         if state:  # .hydra/, which check_identity reads, may have been removed
             layout.check_same(output_dir, state["config"], tree)
             if config.is_longer(state["config"], tree):
-                _check_longer(run, output_dir, state)
+                longer.check(run, output_dir, state)
         elif resumed:  # another process has removed its checkpoint
             run = build(cfg, world=world)
         try:
@@ -192,7 +191,7 @@ class _Execution:
             tensorboard.rewind(self.output_dir, state["events"] if state else tensorboard.EMPTY)
         if state:
             if config.is_longer(state["config"], self.tree):
-                self._lengthen(state, text)
+                longer.lengthen(run, self.output_dir, state, self.about, text)
             self.trainer.load_state_dict(state)
         run.output_dir = self.output_dir
         run.writer = tensorboard.open_writer(run.cfg.logging, self.output_dir, step=run.step if state else None)
@@ -226,22 +225,6 @@ class _Execution:
         finally:
             run.workers.close()
 
-    def _lengthen(self, state: dict[str, Any], text: str) -> None:
-        """Make the folder, as its last checkpoint has it, that of the run with more epochs: TensorBoard has the first
-        value of HPARAMS and of a text, so that they are changed where they are."""
-
-        def change(value: Any) -> None:
-            hparams.set_epochs(value, epochs)
-            if value.tag == "config/text_summary":
-                value.tensor.string_val[0] = text.encode()
-
-        epochs = self.run.cfg.train.epochs
-        state |= self.about
-        state["events"] = tensorboard.rewrite(self.output_dir, state["events"], f".{epochs}", change)
-        checkpoint.save(self.output_dir, state)  # a kill before this begins again here, and after it goes on
-        tensorboard.rewind(self.output_dir, state["events"])
-        log.info("trained further, from epoch %d to %d", state["epoch"], epochs)
-
     def _pause(self) -> float:
         """Evaluate the objective where the last checkpoint was written, and leave no trace of that in the run."""
         run = self.run
@@ -272,7 +255,7 @@ class _Execution:
             with atomic.atomic_open(self.output_dir / "model.pt") as file:
                 torch.save(weights, file)
         objective = _write_result(run, self.output_dir, self.tree, status, lineage=origin)
-        _discard_checkpoints(self.output_dir, status, self.tree)
+        layout.discard_checkpoints(self.output_dir, status, self.tree)
         self._conclude(status)
         return objective
 
@@ -366,45 +349,15 @@ def _finished(output_dir: Path, tree: dict[str, Any], pause_at: int | None) -> f
     if result["status"] == "complete" and result.get("config_digest") != config.digest(tree):  # it had fewer epochs
         if checkpoint.exists(output_dir):
             return None
-        raise ConfigError(
+        longer.refuse(
             f"{output_dir} is complete after {result.get('epochs')} epochs, and has kept no checkpoint to go on from "
-            f"(train.keep_checkpoint=false). {_ways_out(output_dir)}"
-        )
+            "(train.keep_checkpoint=false).", output_dir,
+        )  # fmt: skip
     with suppress(OSError):  # a folder that may only be read
-        _discard_checkpoints(output_dir, result["status"], tree)  # if it was killed just before it did so itself
+        layout.discard_checkpoints(output_dir, result["status"], tree)  # if it was killed just before it did so itself
     log.info("%s is %s already; nothing is trained", shown(output_dir), result["status"])
     objective = result.get("objective")
     return math.nan if objective is None else float(objective)
-
-
-def _discard_checkpoints(output_dir: Path, status: str, tree: dict[str, Any]) -> None:
-    keep = status == "complete" and tree["train"]["keep_checkpoint"]
-    for path in layout.superfluous_checkpoints(output_dir, keep=keep):
-        path.unlink(missing_ok=True)
-
-
-def _check_longer(run: Run, output_dir: Path, state: dict[str, Any]) -> None:
-    """Raise ConfigError where a run of more epochs would have been another one up to the checkpoint, too."""
-    epochs, done = state["config"]["train"]["epochs"], state["step"]
-    before, now = (total_steps(run.cfg, run.dataset, epochs=count) for count in (epochs, None))
-    changed = f"{output_dir} cannot go on with train.epochs={run.cfg.train.epochs} in place of {epochs}, "
-    if state["position"] != done % steps_per_epoch(run.cfg, run.dataset):
-        raise ConfigError(
-            f"{changed}for train.max_steps={run.cfg.train.max_steps} has ended it within an epoch. "
-            f"{_ways_out(output_dir)}"
-        )
-    if any(run.schedule(step, before) != run.schedule(step, now) for step in range(done)):
-        raise ConfigError(
-            f"{changed}for the learning rate of schedule={target(run.cfg.schedule)} follows the length of the run. "
-            f"{_ways_out(output_dir)}"
-        )
-
-
-def _ways_out(output_dir: Path) -> str:
-    return (
-        f"Begin from its weights in a new folder, with weights={quote(str(output_dir))}, or train all epochs in a new "
-        "one, from the start."
-    )
 
 
 def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str, **more: Any) -> float:

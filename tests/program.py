@@ -29,6 +29,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 INSTALLED = Path(fmexp.__file__).resolve().parents[1]  # the checkout, or site-packages where the wheel is installed
 OWN_PROJECT = CHECKOUT / "examples" / "own_project"
 PYTHON = (sys.executable, "-m", "fmexp")
+STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", "per_class_accuracy",
+          "confusion_matrix")  # fmt: skip
 LIMIT_S = 300
 STATUSES = ("STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING")
 

@@ -4,11 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from program import CHECKOUT, INSTALLED, Finished, environment, run
+from program import CHECKOUT, INSTALLED, STAGES, Finished, environment, run
 
 PARTS = CHECKOUT / "tests" / "engine"
-STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", "per_class_accuracy",
-          "confusion_matrix")  # fmt: skip
 # 9 batches an epoch, the last of which is one image.
 DRAWN = ("dataset=synthetic", "dataset.train_size=65", "dataset.test_size=40", "dataset.image_size=16", "device=cpu",
          "train.batch_size=8", "train.log_every=4", "train.validation=0", "objective=test/accuracy",

@@ -92,12 +92,9 @@ def evaluate(
     places = torch.arange(count) if world is None else world.batches(count, BATCH)
     probabilities, labels = torch.zeros(count, len(dataset.classes)), torch.zeros(count, dtype=torch.int64)
     losses = torch.zeros(count, dtype=torch.float64)
-    parts = iter(places.split(BATCH))
     given = batches(dataset, split, indices[places], BATCH, device=device, workers=workers) if len(places) else ()
-    for images, targets in given:
+    for (images, targets), part in zip(given, places.split(BATCH), strict=False):
         logits, targets = compute_logits(model, images, memory_format), targets.cpu()
-        first = int(next(parts)[0])
-        part = slice(first, first + len(targets))
         probabilities[part], labels[part] = F.softmax(logits, 1), targets
         losses[part] = F.cross_entropy(logits.double(), targets, reduction="none")
     if world is not None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,6 +113,13 @@ def last_lines(path: Path, count: int) -> list[str]:
 def event_files(folder: Path) -> list[Path]:
     """The event files of a folder, in the order of their names; links and pipes are none of a run's."""
     return sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file() and not path.is_symlink())
+
+
+def next_second(paths: Iterable[Path]) -> int:
+    """The first second that an event file may be named by to be read after `paths`: TensorBoard reads in the order of
+    names, which begin with the second of their making."""
+    seconds = [int(word) for path in paths if (word := path.name.split(".")[3]).isdigit()]
+    return max(seconds, default=-1) + 1
 
 
 def check_regular(path: Path) -> None:

@@ -111,14 +111,18 @@ def check_same(folder: Path, held: dict[Any, Any], tree: dict[str, Any]) -> None
         )
 
 
-def superfluous_checkpoints(folder: Path, *, keep: bool) -> list[Path]:
-    """The checkpoints in the folder of a run that has ended which are not wanted any more.
-
-    Args:
-        keep: whether the last one is to stay, so that more epochs can go on from it.
-    """
+def superfluous_checkpoints(folder: Path, status: str, tree: dict[str, Any]) -> list[Path]:
+    """The checkpoints in the folder of a run that has ended, with this status, which are not wanted any more: all but,
+    of a complete one with train.keep_checkpoint, the last, from which more epochs can go on."""
+    keep = status == "complete" and tree["train"]["keep_checkpoint"]
     names = (DAMAGED, PREVIOUS) if keep else (DAMAGED, PREVIOUS, CHECKPOINT)
     return [folder / name for name in names if (folder / name).exists()]
+
+
+def discard_checkpoints(folder: Path, status: str, tree: dict[str, Any]) -> None:
+    """Remove the superfluous ones."""
+    for path in superfluous_checkpoints(folder, status, tree):
+        path.unlink(missing_ok=True)
 
 
 def write_config(folder: Path, tree: dict[str, Any], others: Mapping[str, DictConfig | ListConfig]) -> str:

@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fmexp.config.hydra_versions import instantiate
 from fmexp.rundir import atomic
-from fmexp.rundir.bounded import event_files
+from fmexp.rundir.bounded import event_files, next_second
 
 log = logging.getLogger(__name__)
 
@@ -156,11 +156,10 @@ def add_summary(writer: SummaryWriter, summary: Summary) -> None:
 def _names_sort_last(output_dir: Path) -> Iterator[None]:
     """Within the block, name a new event file such that TensorBoard reads it after those of the folder.
 
-    It reads them in the order of their names, which begin with the second of their making: two in one second would be
-    in no order, and a clock that was set back would hide what is written after it.
+    Two that are made in one second would be in no order, and a clock that was set back would hide what is written after
+    it.
     """
-    seconds = [int(word) for path in event_files(output_dir) if (word := path.name.split(".")[3]).isdigit()]
-    earliest = max(seconds, default=-1) + 1
+    earliest = next_second(event_files(output_dir))
     event_file_writer.time = SimpleNamespace(time=lambda: max(time.time(), earliest))
     try:
         yield

@@ -225,10 +225,10 @@ def _best(jobs: Sequence[Job], step: int, count: int) -> list[Job]:
 
     A member that some other command has trained to its end, without a pause, is in nobody's way.
     """
-    values = {job.number: rungs.value_at(job.folder, step) for job in jobs}
-    known = [job for job in jobs if (value := values[job.number]) is not None and math.isfinite(value)]
+    found = [(value, job) for job in jobs if (value := rungs.value_at(job.folder, step)) is not None]
     sign = -1 if jobs and config.maximised(config.rung_metric(jobs[0].tree)) else 1
-    return sorted(known, key=lambda job: (sign * (values[job.number] or 0.0), job.number))[:count]
+    places = sorted((sign * value, job.number, job) for value, job in found if math.isfinite(value))
+    return [job for _, _, job in places[:count]]
 
 
 def _values(jobs: Sequence[Job], step: int, metric: str) -> str:

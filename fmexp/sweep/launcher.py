@@ -185,8 +185,7 @@ def action(path: Path, tree: dict[str, Any]) -> str:
     if status not in ("complete", "diverged"):
         return "resume"
     # A process that was killed just before it had removed these: execute does.
-    keep = status == "complete" and tree["train"]["keep_checkpoint"]
-    return "resume" if layout.superfluous_checkpoints(path, keep=keep) else "skip"
+    return "resume" if layout.superfluous_checkpoints(path, status, tree) else "skip"
 
 
 def _outcome(job: Job) -> JobReturn:

@@ -263,10 +263,7 @@ def _write_file(path: Path, summaries: Sequence[tuple[int, Any]]) -> None:
     for event in events:
         event.wall_time = now / 1e9
         RecordWriter(content).write(event.SerializeToString())
-    others = [
-        word for file in bounded.event_files(path) if file not in old and (word := file.name.split(".")[3]).isdigit()
-    ]
-    second = max(now // 10**9, *(int(word) + 1 for word in others), 0)  # TensorBoard reads them by their names
+    second = max(now // 10**9, bounded.next_second(file for file in bounded.event_files(path) if file not in old))
     name = f"events.out.tfevents.{second}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}{SUFFIX}"
     atomic.atomic_write(path / name, content.getvalue())  # SummaryWriter would write in a thread, and print its errors
     for file in old:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from program import default_signals
+from program import STAGES, default_signals
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.hparams import metadata as hparams
@@ -33,8 +33,6 @@ DEADLINE_S = 120
 SMALL = ("dataset=synthetic", "dataset.train_size=64", "dataset.test_size=40", "dataset.image_size=16", "device=cpu",
          "train.epochs=2", "train.log_every=4", "train.checkpoint_every=3", "train.keep_checkpoint=false",
          "train.validation=0", "objective=test/accuracy")  # fmt: skip
-STAGES = ("image_grid", "model_graph", "projector", "predictions", "pr_curves", "per_class_accuracy",
-          "confusion_matrix")  # fmt: skip
 NO_STAGES = (*SMALL, *(f"stage.{stage}.enabled=false" for stage in STAGES))
 BARE = (*NO_STAGES, "model=mlp", "model.hidden=[16]")
 # Stages that write of every kind of summary before, between and after checkpoints.
