@@ -87,15 +87,15 @@ def test_a_killed_process_ends_the_others_with_words(
     assert_same(tmp_path / "run", undisturbed())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_random_kills(undisturbed: Callable[[], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [pytest.param(4, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.nightly)])
+def test_random_kills(undisturbed: Callable[[], Path], tmp_path: Path, most: int) -> None:
     """Of a random process in a random batch; a run that comes to its end is compared, and the next begun."""
     seed = int(os.environ.get("RELIABILITY_SEED") or random.SystemRandom().randrange(2**32))
     print(f"RELIABILITY_SEED={seed}")
     chosen = random.Random(seed)
     kills, runs = 0, 1
-    while kills < 20:
+    while kills < most:
         where = f"hydra.run.dir={tmp_path / f'run{runs}'}"
         strikes = f"KILL {chosen.randrange(2)} {chosen.randint(1, BATCHES - 2)}"
         ended = fmexp(*STRUCK, where, cwd=tmp_path, STRIKES=strikes)

@@ -51,10 +51,15 @@ def test_it_equals_a_run_of_that_length(
     assert before["result"]["epochs"] == (2 if option == "patience" else 4)
 
 
-@pytest.mark.slow
-def test_killed_at_each_moment_of_its_beginning(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(BARE, marks=pytest.mark.slow, id="bare"), pytest.param(RICH, marks=pytest.mark.nightly, id="rich")],
+)
+def test_killed_at_each_moment_of_its_beginning(
+    kind: tuple[str, ...], driver: Driver, truth: Callable[..., Path], tmp_path: Path
+) -> None:
     """From the first file that is touched to the first batch: the folder is the short run's, or the long one's."""
-    args, longer = (*RICH, KEPT), (*RICH, KEPT, "train.epochs=3")
+    args, longer = (*kind, KEPT), (*kind, KEPT, "train.epochs=3")
     short, trace = truth(*args), tmp_path / "trace.txt"
     shutil.copytree(short, tmp_path / "watched")
     assert driver.run(*longer, f"hydra.run.dir={tmp_path / 'watched'}", trace=trace).code == 0
