@@ -107,17 +107,17 @@ class Halving(Parsing):
         """
         eta, count, total = self.options.eta, self.options.brackets, max(self.totals.values())
         first = self.options.min_steps
-        if first is None:
-            count_of_rungs = max(1, int(math.log(len(jobs), eta) + 1e-9))
-            first = math.ceil(total / eta**count_of_rungs)
-        if first >= total:
+        if total < 2:
+            raise ConfigError(
+                "hydra/sweeper=halving compares members before their end, and they have one batch. Take more, with "
+                "train.epochs or train.max_steps."
+            )
+        if first is not None and first >= total:
             raise ConfigError(
                 f"hydra.sweeper.min_steps={first} must be below the {total:,} batches of a member, for nothing would "
                 f"end early. Take fewer, such as {max(1, total // eta**2)}, or a longer run."
             )
-        steps = [first]
-        while steps[-1] * eta < total:
-            steps.append(steps[-1] * eta)
+        steps = rung_steps(total, eta, len(jobs), first)
         if count > len(steps) + 1 or count > len(jobs):
             most = min(len(steps) + 1, len(jobs))
             raise ConfigError(
@@ -134,17 +134,19 @@ class Halving(Parsing):
             compared = range(min(rung + 1, len(left)))
             self._train([job for bracket in compared for job in left[bracket]], step)
             metric = config.rung_metric(left[0][0].tree) if left[0] else ""
-            others = []
+            others, further = [], 0
             for bracket in compared:
-                best = _best(left[bracket], step, ladder.kept(bracket, rung))
-                others += [job for job in left[bracket] if job not in best]
-                left[bracket] = best
+                chosen = _chosen(left[bracket], step, ladder.kept(bracket, rung))
+                further += sum(_is_further(job, step) for job in chosen)
+                others += [job for job in left[bracket] if job not in chosen]
+                left[bracket] = chosen
             pruned += others
             if not self.options.resume_pruned:
                 self._prune(others, step, progress)
             on = [job for bracket in compared for job in left[bracket]]
             count = len(on) + len(others)
-            progress.say(f"after {step:,} batches {len(on)} of {count} members go on{_values(on, step, metric)}")
+            later = f"; {further} of them are further, and compared later" if further else ""
+            progress.say(f"after {step:,} batches {len(on)} of {count} members go on{_values(on, step, metric)}{later}")
         self._train([job for bracket in left for job in bracket], None)
         if self.options.resume_pruned:
             self._train(sorted(pruned, key=lambda job: job.number), None)
@@ -152,7 +154,7 @@ class Halving(Parsing):
     def _prune(self, jobs: Sequence[Job], step: int, progress: Progress) -> None:
         """Note of members that they do not go on from a step; one that failed on the way there has failed."""
         for job in jobs:
-            if rungs.value_at(job.folder, step) is not None:
+            if step in rungs.read(job.folder):
                 with suppress(layout.LockedError), layout.lock(job.folder):  # another sweep may want it to go on
                     if (layout.read_result(job.folder) or {}).get("status") not in ("complete", "diverged", "pruned"):
                         atomic.remove_leftovers(job.folder)
@@ -220,23 +222,48 @@ def _failed(job: Job) -> bool:
     return results.status(job.folder) == "failed"
 
 
-def _best(jobs: Sequence[Job], step: int, count: int) -> list[Job]:
-    """So many of the best at a step, of equal ones the first; never one without a finite objective there.
+def _is_further(job: Job, step: int) -> bool:
+    """Whether a member has paused behind a step and not at it, where another command had other rungs or none."""
+    found = rungs.read(job.folder)
+    return step not in found and max(found, default=0) > step
 
-    A member that some other command has trained to its end, without a pause, is in nobody's way.
+
+def _chosen(jobs: Sequence[Job], step: int, count: int) -> list[Job]:
+    """The members that go on from a step: so many of the best there, of equal ones the first; never one without a
+    finite objective there.
+
+    Those that are further go on until they can be compared at one step, and leave to the others their share of the
+    places, at least one. A member that some other command has trained to its end, without a pause, is in nobody's way.
     """
-    found = [(value, job) for job in jobs if (value := rungs.value_at(job.folder, step)) is not None]
+    further = [job for job in jobs if _is_further(job, step)]
+    places = max(1, count * (len(jobs) - len(further)) // max(1, len(jobs)))
+    found = [(value, job) for job in jobs if (value := rungs.read(job.folder).get(step)) is not None]
     sign = -1 if jobs and config.maximised(config.rung_metric(jobs[0].tree)) else 1
-    places = sorted((sign * value, job.number, job) for value, job in found if math.isfinite(value))
-    return [job for _, _, job in places[:count]]
+    order = sorted((sign * value, job.number, job) for value, job in found if math.isfinite(value))
+    return [*further, *(job for _, _, job in order[:places])]
 
 
 def _values(jobs: Sequence[Job], step: int, metric: str) -> str:
     """The objective that was enough to go on from a step, in words."""
-    values = [value for job in jobs if (value := rungs.value_at(job.folder, step)) is not None]
+    values = [found[step] for job in jobs if step in (found := rungs.read(job.folder))]
     if not values:
         return ""
     return f", with {metric} from {min(values):.4f} to {max(values):.4f}"
+
+
+def rung_steps(total: int, eta: int, members: int, first: int | None) -> list[int]:
+    """The batches after which members are compared: from the first one upwards, each `eta` times the one before.
+
+    Without a first one they are counted from the end, total/eta, total/eta^2 and so on, until fewer than `eta` members
+    are left: so more members have the same rungs and earlier ones. Two at one step are one.
+    """
+    if first is None:
+        count = max(1, int(math.log(members, eta) + 1e-9))
+        return sorted({-(-total // eta**k) for k in range(1, count + 1)})
+    steps = [first]
+    while steps[-1] * eta < total:
+        steps.append(steps[-1] * eta)
+    return steps
 
 
 def _brackets(jobs: Sequence[Job], count: int, eta: int) -> list[list[Job]]:
