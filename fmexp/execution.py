@@ -22,7 +22,7 @@ from fmexp import config, datasets, longer, models, process, rng
 from fmexp.build import build, target
 from fmexp.engine import distributed
 from fmexp.engine.distributed import LostError, World
-from fmexp.errors import FmexpError, printable
+from fmexp.errors import ConfigError, FmexpError, printable
 from fmexp.process import Stop
 from fmexp.run import Run, total_steps
 from fmexp.rundir import atomic, checkpoint, hparams, layout, lineage, results, rungs, tensorboard
@@ -91,6 +91,7 @@ def _execute(
     output_dir = Path(output_dir).absolute()
     layout.check_identity(output_dir, tree, resume=cfg.resume)
     if (objective := _finished(output_dir, tree, pause_at)) is not None:
+        _tidy(output_dir, tree)
         return objective
     resumed = checkpoint.exists(output_dir)
     run = build(cfg, resumed=resumed, world=world)
@@ -184,13 +185,14 @@ class _Execution:
         atomic.remove_leftovers((self.output_dir / layout.CONFIG).parent)
         yaml = layout.write_config(self.output_dir, self.tree, hydra_files)
         text = f"{printable(run.dataset.description)}\n\n```yaml\n{yaml}```"  # a description names a folder
-        origin = lineage.begin(self.output_dir, self.trainer.resume_command, resumed=state is not None)
+        more = state is not None and config.is_longer(state["config"], self.tree)
+        origin = lineage.begin(self.output_dir, self.trainer.resume_command, resumed=state is not None, longer=more)
         (self.output_dir / layout.RESULT).unlink(missing_ok=True)
         if begun:  # else the files here are not ours
             atomic.remove_leftovers(self.output_dir)
             tensorboard.rewind(self.output_dir, state["events"] if state else tensorboard.EMPTY)
         if state:
-            if config.is_longer(state["config"], self.tree):
+            if more:  # epochs
                 longer.lengthen(run, self.output_dir, state, self.about, text)
             self.trainer.load_state_dict(state)
         run.output_dir = self.output_dir
@@ -213,6 +215,8 @@ class _Execution:
                     status = "complete"
                 except DivergedError as diverged:
                     log.error("the run diverged: %s. A smaller optimizer.lr is the usual cure.", diverged)
+                    if (weights := self.output_dir / layout.WEIGHTS).exists():
+                        log.error("the weights of before it was trained further are still there: weights=%s", weights)
                     status, run.step = "diverged", diverged.step
                     run.epoch = (diverged.step - 1) // self.trainer.steps_per_epoch  # wherever it was noticed
             return self._finish(status)
@@ -339,25 +343,39 @@ def _finished(output_dir: Path, tree: dict[str, Any], pause_at: int | None) -> f
         ConfigError: it is to have more epochs, and has no checkpoint to go on from.
     """
     result = layout.read_result(output_dir)
-    if pause_at and layout.holds_run(output_dir) and (value := rungs.value_at(output_dir, pause_at)) is not None:
+    begun = layout.holds_run(output_dir)
+    held = layout.digest(output_dir) if begun else (result or {}).get("config_digest")
+    shorter = held != config.digest(tree)  # for `check_identity` has refused all others
+    if pause_at and begun and not shorter and (value := rungs.value_at(output_dir, pause_at)) is not None:
         return value
     if not result or result.get("status") not in ("complete", "diverged"):
         return None
     if results.status(output_dir) != result["status"]:
         log.warning("%s is damaged, and the run counts as not ended", output_dir / layout.RESULT)
         return None
-    if result["status"] == "complete" and result.get("config_digest") != config.digest(tree):  # it had fewer epochs
+    if shorter:
+        if result["status"] == "diverged":
+            raise ConfigError(
+                f"{output_dir} holds a run of fewer epochs that has diverged, at step {result.get('steps')}. Name "
+                "another folder; a smaller optimizer.lr is the usual cure."
+            )
         if checkpoint.exists(output_dir):
             return None
         longer.refuse(
             f"{output_dir} is complete after {result.get('epochs')} epochs, and has kept no checkpoint to go on from "
             "(train.keep_checkpoint=false).", output_dir,
         )  # fmt: skip
-    with suppress(OSError):  # a folder that may only be read
-        layout.discard_checkpoints(output_dir, result["status"], tree)  # if it was killed just before it did so itself
     log.info("%s is %s already; nothing is trained", shown(output_dir), result["status"])
     objective = result.get("objective")
     return math.nan if objective is None else float(objective)
+
+
+def _tidy(output_dir: Path, tree: dict[str, Any]) -> None:
+    """Discard the checkpoints of a run that was killed just before it did so itself, unless a process is at work there,
+    or the folder may only be read."""
+    if layout.superfluous_checkpoints(output_dir, results.status(output_dir), tree):
+        with suppress(OSError, ConfigError), layout.lock(output_dir):
+            layout.discard_checkpoints(output_dir, results.status(output_dir), tree)
 
 
 def _write_result(run: Run, output_dir: Path, tree: dict[str, Any], status: str, **more: Any) -> float:

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from fmexp.build import target
 from fmexp.config.overrides import quote
+from fmexp.engine import backend
 from fmexp.errors import ConfigError
 from fmexp.run import Run, steps_per_epoch, total_steps
 from fmexp.rundir import checkpoint, hparams, tensorboard
@@ -20,6 +21,8 @@ def check(run: Run, output_dir: Path, state: dict[str, Any]) -> None:
     changed = f"{output_dir} cannot go on with train.epochs={run.cfg.train.epochs} in place of {epochs}, for"
     if state["position"] != done % steps_per_epoch(run.cfg, run.dataset):
         refuse(f"{changed} train.max_steps={run.cfg.train.max_steps} has ended it within an epoch.", output_dir)
+    if run.backend.compiled and not state["backend"]["compiled"] and before < backend.MANY_BATCHES <= now:
+        refuse(f"{changed} train.compile=auto compiles the step of a run of so many batches.", output_dir)
     if any(run.schedule(step, before) != run.schedule(step, now) for step in range(done)):
         schedule = target(run.cfg.schedule)
         refuse(f"{changed} the learning rate of schedule={schedule} follows the length of the run.", output_dir)
@@ -51,6 +54,7 @@ def lengthen(run: Run, output_dir: Path, state: dict[str, Any], about: dict[str,
     epochs = run.cfg.train.epochs
     state |= about
     state["events"] = tensorboard.rewrite(output_dir, state["events"], f".{epochs}", change)
-    checkpoint.save(output_dir, state)  # a kill before this begins again here, and after it goes on
+    for _ in range(2):  # the previous one, too, for it would name files that are gone next
+        checkpoint.save(output_dir, state)  # a kill before this begins again here, and after it goes on
     tensorboard.rewind(output_dir, state["events"])
     log.info("trained further, from epoch %d to %d", state["epoch"], epochs)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmexp.errors import ConfigError, first_line
-from fmexp.rundir import layout
+from fmexp.errors import ConfigError, FmexpError, first_line
+from fmexp.rundir import layout, results
 
 NAMED = 6  # how many keys a message names
 
@@ -44,10 +44,14 @@ def _file(path: Path) -> Path:
     """The file that a path means: of a run's folder its model.pt."""
     if not path.is_dir():
         return path
-    if not (path / "model.pt").is_file():
-        why = "the run in it is not complete" if layout.holds_run(path) else "it is not that of a run"
-        raise ConfigError(f"weights={path}: the folder has no model.pt; {why}. Name that of a complete run, or a file.")
-    return path / "model.pt"
+    if layout.holds_run(path):
+        try:
+            results.read_complete(path)  # model.pt may be that of before it was trained further
+        except FmexpError as error:
+            raise ConfigError(f"weights={error} Or name a complete run, or a file.") from error
+    elif not (path / layout.WEIGHTS).is_file():
+        raise ConfigError(f"weights={path}: the folder has no model.pt. Name that of a complete run, or a file.")
+    return path / layout.WEIGHTS
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def files(folder: Path) -> dict[str, str]:
     other = {"body.weight": torch.zeros(2, 3), "conv1.weight": torch.zeros(1)}
     torch.save(other, folder / "other.pt")
     return {
-        "empty": "has no model.pt; it is not that of a run. Name that of a complete run, or a file.",
-        "stopped": "has no model.pt; the run in it is not complete.",
+        "empty": "has no model.pt. Name that of a complete run, or a file.",
+        "stopped": "has no trained weights: it was stopped.",
         "torn.pt": "cannot be read: ",
         "torn.safetensors": "cannot be read: ",
         "module.pt": "has to hold tensors alone, as of torch.save(model.state_dict(), file)",

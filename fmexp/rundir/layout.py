@@ -112,9 +112,11 @@ def check_same(folder: Path, held: dict[Any, Any], tree: dict[str, Any]) -> None
 
 
 def superfluous_checkpoints(folder: Path, status: str, tree: dict[str, Any]) -> list[Path]:
-    """The checkpoints in the folder of a run that has ended, with this status, which are not wanted any more: all but,
-    of a complete one with train.keep_checkpoint, the last, from which more epochs can go on."""
-    keep = status == "complete" and tree["train"]["keep_checkpoint"]
+    """The checkpoints in the folder of a run of this status that are not wanted any more, for it has ended: all but,
+    with train.keep_checkpoint, the last one of a run that is complete, from which more epochs can go on, or was."""
+    if status not in ("complete", "diverged"):
+        return []
+    keep = (status == "complete" or (folder / WEIGHTS).exists()) and tree["train"]["keep_checkpoint"]
     names = (DAMAGED, PREVIOUS) if keep else (DAMAGED, PREVIOUS, CHECKPOINT)
     return [folder / name for name in names if (folder / name).exists()]
 

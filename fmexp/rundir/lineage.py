@@ -52,11 +52,14 @@ class Code:
     patch: bytes | None = None
 
 
-def begin(folder: Path, command: str, *, resumed: bool) -> dict[str, Any]:
+def begin(folder: Path, command: str, *, resumed: bool, longer: bool = False) -> dict[str, Any]:
     """Note in a run's folder where the run comes from, or, where it goes on, whether its code is another one now.
 
+    Args:
+        longer: it goes on with more epochs, by another command.
+
     Returns:
-        git, host, cwd, command and start of the first start; resumed_with: the same of those that had other code.
+        git, host, cwd, command and start of the first start; resumed_with: the same of those with other code or epochs.
     """
     code = _code(Path.cwd(), folder)
     now = {"git": code.said, "host": socket.gethostname(), "cwd": printable(os.getcwd()),
@@ -65,9 +68,10 @@ def begin(folder: Path, command: str, *, resumed: bool) -> dict[str, Any]:
         about = _read(folder)
         later = about.get("resumed_with", [])
         before = (later or [about])[-1].get("git")
-        if about and not _differs(before, code.said):
+        differs = _differs(before, code.said)
+        if about and not (differs or longer):
             return about
-        if about:
+        if about and differs:
             log.warning("the code has changed since this run began or went on last: %s then, %s now; result.json "
                         "lists both", _short(before), _short(code.said))  # fmt: skip
         about = {**about, "resumed_with": [*later, now]}

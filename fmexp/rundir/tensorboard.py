@@ -119,6 +119,8 @@ def rewrite(output_dir: Path, state: dict[str, Any], suffix: str, change: Callab
     """
     sizes = {}
     for name in state["files"]:
+        if not (output_dir / name).is_file():  # `rewind` has said so
+            continue
         copy = output_dir / f"{name}{suffix}"
         with atomic.atomic_open(copy) as file:
             records = RecordWriter(file)

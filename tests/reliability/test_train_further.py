@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from reliability_tools import BARE, NO_STAGES, RICH, Driver, assert_same, left
+
+from fmexp import compose, execute
+from fmexp.engine import backend
+from fmexp.errors import ConfigError
+from fmexp.rundir import layout
 
 KEPT = "train.keep_checkpoint=true"
 VALIDATED = ("train.validation=0.3", "objective=val/loss")
@@ -109,3 +115,111 @@ def test_what_cannot_go_on_is_refused_and_left_as_it_is(
     assert left(folder) == before
     fewer = driver.run(*args, "train.epochs=1", f"hydra.run.dir={folder}", cli=True)
     assert "train.epochs: 2, now 1" in fewer.output
+
+
+def test_without_its_event_files_it_goes_on_and_says_so(
+    driver: Driver, truth: Callable[..., Path], tmp_path: Path
+) -> None:
+    args, folder = (*BARE, KEPT), tmp_path / "run"
+    shutil.copytree(truth(*args), folder)
+    for path in folder.glob("*tfevents*"):
+        path.unlink()
+    longer = driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}")
+    assert longer.code == 0, longer.output
+    assert "TensorBoard will miss its points" in longer.output
+    mine, its = left(folder), left(truth(*args, "train.epochs=3"))
+    assert mine["events"] == [event for event in its["events"] if event in mine["events"]]
+    assert {part: mine[part] for part in ("result", "model")} == {part: its[part] for part in ("result", "model")}
+
+
+def test_its_checkpoint_is_damaged_before_the_next_one(
+    driver: Driver, truth: Callable[..., Path], tmp_path: Path
+) -> None:
+    args, folder = (*BARE, KEPT), tmp_path / "run"
+    shutil.copytree(truth(*args), folder)
+    plan = [{"nth": 1, "match": "batch trained", "do": "KILL"}]
+    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}", plan=plan).code == -9
+    (folder / "checkpoint.pt").write_bytes(b"damaged")
+    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}").code == 0
+    assert_same(folder, truth(*args, "train.epochs=3"))
+
+
+def test_the_weights_of_the_shorter_run_are_not_taken_for_its_own(
+    driver: Driver, truth: Callable[..., Path], tmp_path: Path
+) -> None:
+    args, folder = (*BARE, KEPT), tmp_path / "run"
+    shutil.copytree(truth(*args), folder)
+    plan = [{"nth": 1, "match": "batch trained", "do": "KILL"}]
+    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}", plan=plan).code == -9
+    refused = driver.run(*args, f"weights={folder}", f"hydra.run.dir={tmp_path / 'next'}", cli=True)
+    assert refused.code == 1
+    assert f"weights={folder} has no trained weights: it was stopped." in refused.output
+    assert "Traceback" not in refused.output
+
+
+EXPLODES = (*NO_STAGES, KEPT, "model=lenet", "model._target_=reliability_parts.Explodes", "dataset.train_size=40")
+
+
+def test_one_that_diverges_leaves_the_weights_and_the_last_checkpoint(driver: Driver, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert driver.run(*EXPLODES, "train.epochs=1", f"hydra.run.dir={folder}").code == 0  # of ten batches
+    weights, longer = (folder / "model.pt").read_bytes(), (*EXPLODES, f"hydra.run.dir={folder}")
+    for _ in range(2):
+        diverged = driver.run(*longer, "train.epochs=2")
+        assert json.loads((folder / "result.json").read_text())["status"] == "diverged"
+        assert (folder / "model.pt").read_bytes() == weights
+        kept = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert (kept["step"], kept["position"]) == (10, 0)
+        assert f"weights={folder}/model.pt" in (folder / "fmexp.log").read_text()
+    assert "is diverged already" in diverged.output
+    begun = driver.run(*EXPLODES, "train.epochs=1", f"weights={folder}/model.pt", f"hydra.run.dir={tmp_path / 'next'}")
+    assert "2 of the model's 3 keys fit" not in begun.output, begun.output
+    assert "3 of the model's 3 keys fit" in begun.output, begun.output
+
+
+def test_one_that_has_diverged_is_not_trained_further(driver: Driver, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert driver.run(*EXPLODES, "train.epochs=2", f"hydra.run.dir={folder}", cli=True).code == 3
+    before = left(folder)
+    refused = driver.run(*EXPLODES, "train.epochs=3", f"hydra.run.dir={folder}", cli=True)
+    assert refused.code == 1
+    assert f"{folder} holds a run of fewer epochs that has diverged, at step 11" in refused.output
+    assert left(folder) == before
+
+
+def test_a_rung_of_the_shorter_run_is_not_taken_without_a_look_at_the_schedule(tmp_path: Path) -> None:
+    words = [*BARE, KEPT, "schedule=cosine"]
+    execute(compose(words), tmp_path / "run", pause_at=5)
+    with pytest.raises(ConfigError, match="schedule=cosine follows the length of the run"):
+        execute(compose([*words, "train.epochs=3"]), tmp_path / "run", pause_at=5)
+
+
+def test_a_longer_run_that_would_be_compiled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*BARE, KEPT, "train.epochs=1"]
+    monkeypatch.setattr(backend, "MANY_BATCHES", 20)
+    execute(compose(words), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"train\.compile=auto compiles the step of a run of so many batches"):
+        execute(compose([*words, "train.epochs=2"]), tmp_path / "run")
+    assert left(tmp_path / "run")["result"]["epochs"] == 1
+
+
+def test_the_lineage_has_both_commands(tmp_path: Path) -> None:
+    words, folder = [*BARE, KEPT, "train.epochs=1"], tmp_path / "run"
+    execute(compose(words), folder, resume_command="the first")
+    execute(compose([*words, "train.epochs=2"]), folder, resume_command="the second")
+    execute(compose([*words, "train.epochs=3"]), folder, resume_command="the third")
+    said = json.loads((folder / "result.json").read_text())["lineage"]
+    assert [said["command"], *(later["command"] for later in said["resumed_with"])] == [
+        "the first", "the second", "the third",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_another_process_may_need_is_not_discarded(tmp_path: Path) -> None:
+    words, folder = [*BARE, "train.keep_checkpoint=true", "train.epochs=1"], tmp_path / "run"
+    objective = execute(compose(words), folder)
+    unkept = compose([*words[:-2], "train.keep_checkpoint=false", "train.epochs=1"])
+    with layout.lock(folder):
+        assert execute(unkept, folder) == objective
+        assert (folder / "checkpoint.pt").is_file()
+    assert execute(unkept, folder) == objective
+    assert not (folder / "checkpoint.pt").exists()
