@@ -24,6 +24,7 @@ from fmexp.config.overrides import varied_keys
 from fmexp.errors import ConfigError, FmexpError
 from fmexp.process import block_signals
 from fmexp.rundir import atomic, layout, results, rungs
+from fmexp.sweep.further import lengthen, shorter
 from fmexp.sweep.grid import Parsing, choices, expand
 from fmexp.sweep.job import Job
 from fmexp.sweep.launcher import action
@@ -84,9 +85,16 @@ class Halving(Parsing):
         self.root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
         jobs: list[Job] = self.launcher.plan(self.root, words, 0)
         _check_comparable(jobs)
+        further = shorter(self.root, jobs)
         with self.launcher.reporting(len(jobs)) as progress:
             if self.cfg.sweep.dry_run:
-                self.launcher.execute(self.root, jobs)  # which says what it would do, and leaves
+                known = {job.number: job for job in further}
+                self.launcher.execute(self.root, [known.get(job.number, job) for job in jobs])  # says all, and leaves
+            if further:
+                log.info("%d members with fewer epochs go on", len(further))
+                for job in further:
+                    lengthen(job)
+                jobs = self.launcher.plan(self.root, words, 0)
             self.totals = dict(zip((job.folder for job in jobs), _total_steps(jobs), strict=True))
             brackets, ladder = self._arranged(jobs)
             self.launcher.trees = {job.folder: job.tree for job in jobs}  # HPARAMS' columns are those of all
@@ -94,8 +102,8 @@ class Halving(Parsing):
             log.info("halving of %d members in %s: %s go on, to the end at %s batches", len(jobs), self.root,
                      ladder.said, f"{max(self.totals.values()):,}")  # fmt: skip
             every = list(self.totals.values())
-            known = {job.folder: _trained(job) for job in jobs}
-            progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), known)
+            trained = {job.folder: _trained(job) for job in jobs}
+            progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), trained)
             self._climb(brackets, ladder, progress)
         return self._concluded(jobs)
 

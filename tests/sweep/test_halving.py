@@ -278,6 +278,23 @@ def test_a_rung_that_trains_nobody_says_nothing_of_slurm(
     assert not caplog.records
 
 
+def test_more_epochs_where_the_best_has_kept_no_checkpoint(nine: tuple[Path, program.Finished], tmp_path: Path) -> None:
+    """The pruned ones go on from theirs; it begins at the start, beside its old folder, which stays as it is."""
+    root = tmp_path / "s"
+    assert call(root, *NINE).status == 0
+    (best,) = (path for path in members(root) if result(path)["status"] == "complete")
+    before = files(best)
+    done = call(root, *NINE, "train.epochs=3")
+    assert done.status == 0, done.err
+    assert "8 members with fewer epochs go on" in done.out
+    assert files(best) == before
+    assert {path.name for path in members(root)} == {path.name for path in members(nine[0])} | {f"{best.name}_2"}
+    assert min(rungs(root / f"{best.name}_2")) == 10
+    for path in members(root):
+        assert (result(path)["config_digest"] == result(best)["config_digest"]) == (path == best)
+        assert "going on from the checkpoint" in (path / "fmexp.log").read_text() or path.name.startswith(best.name)
+
+
 def test_brackets_begin_later_and_choose_among_themselves(tmp_path: Path) -> None:
     root = tmp_path / "s"
     words = (*WORDS, "seed=1,2,3,4,5,6,7,8,9,10", "hydra.sweeper.brackets=2", "hydra.sweeper.min_steps=3")
