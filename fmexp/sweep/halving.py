@@ -10,7 +10,6 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +21,14 @@ from hydra.core.utils import configure_log, setup_globals
 from fmexp import config
 from fmexp.config.overrides import varied_keys
 from fmexp.errors import ConfigError, FmexpError
-from fmexp.process import block_signals
-from fmexp.rundir import atomic, layout, results, rungs
+from fmexp.rundir import layout, results, rungs
+from fmexp.sweep.further import lengthen, shorter
 from fmexp.sweep.grid import Parsing, choices, expand
 from fmexp.sweep.job import Job
 from fmexp.sweep.launcher import action
 from fmexp.sweep.members import rung_tag
+from fmexp.sweep.pausing import check_comparable, lengths, prune
 from fmexp.sweep.progress import Progress
-from fmexp.sweep.report import write_rungs
 
 log = logging.getLogger(__name__)
 
@@ -83,19 +82,26 @@ class Halving(Parsing):
         self.launcher.varied = varied_keys(words)
         self.root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
         jobs: list[Job] = self.launcher.plan(self.root, words, 0)
-        _check_comparable(jobs)
+        check_comparable(jobs, "hydra/sweeper=halving")
+        further = shorter(self.root, jobs)
         with self.launcher.reporting(len(jobs)) as progress:
             if self.cfg.sweep.dry_run:
-                self.launcher.execute(self.root, jobs)  # which says what it would do, and leaves
-            self.totals = dict(zip((job.folder for job in jobs), _total_steps(jobs), strict=True))
+                known = {job.number: job for job in further}
+                self.launcher.execute(self.root, [known.get(job.number, job) for job in jobs])  # says all, and leaves
+            if further:
+                log.info("%d members with fewer epochs go on", len(further))
+                for job in further:
+                    lengthen(job)
+                jobs = self.launcher.plan(self.root, words, 0)
+            self.totals = {job.folder: total for job, (_, total) in zip(jobs, lengths(jobs), strict=True)}
             brackets, ladder = self._arranged(jobs)
             self.launcher.trees = {job.folder: job.tree for job in jobs}  # HPARAMS' columns are those of all
             self.launcher.metrics = (rung_tag(str(jobs[0].tree["objective"])),)
             log.info("halving of %d members in %s: %s go on, to the end at %s batches", len(jobs), self.root,
                      ladder.said, f"{max(self.totals.values()):,}")  # fmt: skip
             every = list(self.totals.values())
-            known = {job.folder: _trained(job) for job in jobs}
-            progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), known)
+            trained = {job.folder: _trained(job) for job in jobs}
+            progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), trained)
             self._climb(brackets, ladder, progress)
         return self._concluded(jobs)
 
@@ -142,7 +148,11 @@ class Halving(Parsing):
                 left[bracket] = chosen
             pruned += others
             if not self.options.resume_pruned:
-                self._prune(others, step, progress)
+                for job in others:
+                    if step in rungs.read(job.folder):  # else it has failed on the way there
+                        prune(job, step)
+                    if layout.holds_run(job.folder):
+                        progress.pruned(job.folder)
             on = [job for bracket in compared for job in left[bracket]]
             count = len(on) + len(others)
             later = f"; {further} of them are further, and compared later" if further else ""
@@ -150,18 +160,6 @@ class Halving(Parsing):
         self._train([job for bracket in left for job in bracket], None)
         if self.options.resume_pruned:
             self._train(sorted(pruned, key=lambda job: job.number), None)
-
-    def _prune(self, jobs: Sequence[Job], step: int, progress: Progress) -> None:
-        """Note of members that they do not go on from a step; one that failed on the way there has failed."""
-        for job in jobs:
-            if step in rungs.read(job.folder):
-                with suppress(layout.LockedError), layout.lock(job.folder):  # another sweep may want it to go on
-                    if (layout.read_result(job.folder) or {}).get("status") not in ("complete", "diverged", "pruned"):
-                        atomic.remove_leftovers(job.folder)
-                        write_rungs(job.folder, rung_tag(str(job.tree["objective"])), rungs.read(job.folder))
-                        layout.write_pruned(job.folder, job.tree, step)  # last: then nothing is left to be done
-            if layout.holds_run(job.folder):
-                progress.pruned(job.folder)
 
     def _train(self, jobs: Sequence[Job], step: int | None) -> None:
         """Let members train to a step, or to their end; those whose process was killed once more.
@@ -328,38 +326,3 @@ def _draw(word: Override, key: str, number: int, seed: int) -> str:
         high += 1
     drawn = math.exp(math.log(low) + share * math.log(high / low)) if log_scale else low + share * (high - low)
     return str(min(int(drawn), high - 1)) if whole else f"{drawn:.6g}"
-
-
-def _check_comparable(jobs: Sequence[Job]) -> None:
-    """Raise ConfigError where the members cannot be compared at a rung, or cannot go on from it."""
-    if not all(job.tree["resume"] for job in jobs):
-        raise ConfigError(
-            "resume=false: the members of hydra/sweeper=halving go on from rung to rung. Leave it out, and name a new "
-            "folder with hydra.sweep.dir=<folder>."
-        )
-    names = {str(job.tree["objective"]) for job in jobs}
-    if len(names) > 1:
-        raise ConfigError(f"objective={','.join(sorted(names))}: the members are compared by one objective. Name one.")
-    (name,) = names
-    if name.partition("/")[0] not in ("val", "test") or name in {str(job.tree["train"]["tag"]) for job in jobs}:
-        raise ConfigError(
-            f"objective={name} is not measured at a rung of hydra/sweeper=halving: take a metric of an evaluation, "
-            "such as objective=val/accuracy with train.validation=0.1."
-        )
-
-
-def _total_steps(jobs: Sequence[Job]) -> list[int]:
-    """How many batches each member has in all. Loads each dataset, once."""
-    with block_signals():  # a signal's exception in the midst of torch's import aborts the process
-        from fmexp.build import build_dataset
-        from fmexp.run import total_steps
-
-    known: dict[str, int] = {}
-    totals = []
-    for job in jobs:
-        train = job.tree["train"]
-        key = str([job.tree["dataset"], *(train[name] for name in ("validation", "batch_size", "epochs", "max_steps"))])
-        if key not in known:
-            known[key] = total_steps(job.run_cfg, build_dataset(job.run_cfg))
-        totals.append(known[key])
-    return totals

@@ -10,19 +10,23 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.core.utils import JobStatus, configure_log, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 
 from fmexp import config
 from fmexp.config import maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.errors import CodeError, ConfigError, FmexpError
-from fmexp.rundir import layout
+from fmexp.rundir import layout, rungs
 from fmexp.sweep.grid import Parsing, choices
+from fmexp.sweep.job import Job
+from fmexp.sweep.launcher import outcome
 from fmexp.sweep.members import read
+from fmexp.sweep.pausing import check_comparable, lengths, prune
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +128,9 @@ class Search(Parsing):
             return None
         if self._at_once > 1:
             raise ConfigError(
-                f"hydra.sweeper.pruner._target_={name} compares a trial with those before it, and {self._at_once} would "
-                "be trained at once: what each is compared with would be chance. Add hydra.sweeper.n_jobs=1, or take "
-                "hydra/sweeper=halving."
+                f"hydra.sweeper.pruner._target_={name} compares a trial with those before it, and {self._at_once} "
+                "would be trained at once: what each is compared with would be chance. Add hydra.sweeper.n_jobs=1, or "
+                "take hydra/sweeper=halving."
             )
         check_comparable(jobs, "hydra.sweeper.pruner")
         try:
@@ -162,12 +166,13 @@ class Search(Parsing):
         from optuna.trial import Trial
 
         (job,) = self.launcher.plan(root, [overrides], trial.number)
+        ((each, total),) = lengths([job])
         reported = getattr(trial, "intermediate_values", {})  # of one that was begun
         trial = Trial(self.study, trial._trial_id)  # which has no public name, and a trial that was begun cannot report
-        for epoch, step in enumerate(ends_of_epochs(job), 1):
+        for epoch, step in enumerate(range(each, total, each), 1):
             if step not in rungs.read(job.folder):
                 self.launcher.execute(root, [replace(job, pause_at=step)])
-            if (value := rungs.read(job.folder).get(step)) is None:  # it has ended
+            if (value := rungs.read(job.folder).get(step)) is None:  # it has ended before
                 return outcome(job)
             if epoch not in reported:
                 trial.report(value, epoch)
@@ -175,7 +180,7 @@ class Search(Parsing):
                 prune(job, step)
                 self.launcher.progress.pruned(job.folder)
                 self.launcher.progress.say(f"{job.folder.name}: pruned after epoch {epoch}")
-                return JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=math.nan)
+                return outcome(job)
         self.launcher.execute(root, [job])
         return outcome(job)
 

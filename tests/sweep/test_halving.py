@@ -17,6 +17,7 @@ from sweep_tools import Sweep, files, member, members, until
 from tools import read_events, result, scalars, small
 
 from fmexp import execute, sweep
+from fmexp.rundir.rungs import write as write_rung
 from fmexp.sweep import figure, figure_data, halving, progress, slurm
 
 # 30 training batches of 4 in an epoch; by default rungs at 4 and 10 for nine members.
@@ -208,6 +209,8 @@ def test_draws_follow_from_the_seed_and_their_number_alone(tmp_path: Path) -> No
     assert {row["train.batch_size"] for row in many} == {"2", "3", "4"}
     assert {row["augment"] for row in many} == {"none", "crop_flip"}
     assert all(0 <= float(row["model.dropout"]) <= 0.5 for row in many)
+    places = [sorted(many, key=lambda row: float(row[key])) for key in ("optimizer.lr", "model.dropout")]
+    assert places[0] != places[1], "each key for itself"
     turned = plan(tmp_path, *reversed(SPACE), "hydra.sweeper.n_trials=5")
     assert [[row[key] for key in keys] for row in turned] == [[row[key] for key in keys] for row in few]
     other = plan(tmp_path, *SPACE, "hydra.sweeper.n_trials=5", "hydra.sweeper.seed=1")
@@ -278,6 +281,23 @@ def test_a_rung_that_trains_nobody_says_nothing_of_slurm(
     assert not caplog.records
 
 
+def test_more_epochs_where_the_best_has_kept_no_checkpoint(nine: tuple[Path, program.Finished], tmp_path: Path) -> None:
+    """The pruned ones go on from theirs; it begins at the start, beside its old folder, which stays as it is."""
+    root = tmp_path / "s"
+    assert call(root, *NINE).status == 0
+    (best,) = (path for path in members(root) if result(path)["status"] == "complete")
+    before = files(best)
+    done = call(root, *NINE, "train.epochs=3")
+    assert done.status == 0, done.err
+    assert "8 members with fewer epochs go on" in done.out
+    assert files(best) == before
+    assert {path.name for path in members(root)} == {path.name for path in members(nine[0])} | {f"{best.name}_2"}
+    assert min(rungs(root / f"{best.name}_2")) == 10
+    for path in members(root):
+        assert (result(path)["config_digest"] == result(best)["config_digest"]) == (path == best)
+        assert "going on from the checkpoint" in (path / "fmexp.log").read_text() or path.name.startswith(best.name)
+
+
 def test_brackets_begin_later_and_choose_among_themselves(tmp_path: Path) -> None:
     root = tmp_path / "s"
     words = (*WORDS, "seed=1,2,3,4,5,6,7,8,9,10", "hydra.sweeper.brackets=2", "hydra.sweeper.min_steps=3")
@@ -320,6 +340,18 @@ def test_a_member_that_diverges_is_not_ranked(tmp_path: Path) -> None:
     assert result(member(root, "lr-1e+30"))["status"] == "diverged"
     assert not (member(root, "lr-1e+30") / "rungs.json").exists()
     assert "4 members: 1 complete, 2 pruned, 1 diverged" in done.out
+
+
+def test_a_member_without_a_finite_objective_does_not_go_on(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    words = (*WORDS, "optimizer.lr=1e-2,1e-9,1e-4", "hydra.sweeper.min_steps=6", "objective=val/loss")
+    assert call(root, *words).status == 0
+    first, _, third = members(root)
+    assert [result(path)["status"] for path in members(root)] == ["complete", "pruned", "pruned"]
+    write_rung(first, 6, math.nan)
+    assert call(root, *words).status == 0
+    assert result(third)["status"] == "complete", "the best of those that are left"
+    assert json.loads((first / "rungs.json").read_text())["6"] is None
 
 
 def test_a_loss_is_minimised_and_the_test_split_is_spared_where_there_is_another(tmp_path: Path) -> None:

@@ -234,14 +234,15 @@ def test_a_pruner_ends_trials_by_their_epochs_and_decides_the_same_after_kills(
     execute(compose([*SMALL, "train.max_steps=null", "train.epochs=3", *words]), alone)
     assert_same_weights(whole.folder, alone)
 
-    def killed(*arguments: object) -> None:
+    def killed(*arguments: object, **named: object) -> None:
         raise KilledError
 
     root = tmp_path / "killed"
     for module, name in ((search, "prune"), (optuna.study.Study, "tell"), (optuna.trial.Trial, "should_prune")):
-        with monkeypatch.context() as patched, pytest.raises(KilledError):
+        with monkeypatch.context() as patched:
             patched.setattr(module, name, killed)
-            program.call(*PRUNED, f"hydra.sweep.dir={root}", cwd=tmp_path)
+            with pytest.raises(KilledError):
+                program.call(*PRUNED, f"hydra.sweep.dir={root}", cwd=tmp_path)
     assert program.call(*PRUNED, f"hydra.sweep.dir={root}", cwd=tmp_path).status == 0
     assert trials(root) == trials(truth)
     assert reported(root) == reported(truth)
