@@ -58,6 +58,8 @@ class Search:
     seed: int = limited(0, least=0, below=2**32)  # trial n follows from it and from the trials before it
     # any of Optuna's that takes a seed, with its arguments
     sampler: Any = field(default_factory=lambda: {"_target_": "optuna.samplers.TPESampler"})
+    # any of Optuna's, with its arguments: after each epoch it may end a trial; then one trial is trained after another
+    pruner: Any = field(default_factory=lambda: {"_target_": "optuna.pruners.NopPruner"})
     # what a recipe searches: choices, range and interval of Hydra's grammar; the command line has precedence
     params: dict[str, Any] = field(default_factory=dict)
 
@@ -96,8 +98,8 @@ def checked(group: str, hydra: DictConfig) -> Any:
             if isinstance(SLURM.get(name), int) and (type(value) is not int or value < 0):
                 raise ConfigError(f"{key}.slurm.{name}={value} must be a whole number, at least 0.")
         OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    if "sampler" in node:
-        check_target(f"{key}.sampler", node.sampler)
+    for name in {"sampler", "pruner"} & node.keys():
+        check_target(f"{key}.{name}", node[name])
     return node
 
 

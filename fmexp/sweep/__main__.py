@@ -9,7 +9,7 @@ from pathlib import Path
 from fmexp import process
 from fmexp.config import maximised
 from fmexp.errors import FmexpError, printable
-from fmexp.rundir import atomic
+from fmexp.rundir import atomic, results
 from fmexp.sweep import compare, delete
 from fmexp.sweep.report import STATUSES, conclude, printed, table
 from fmexp.tables import csv_text
@@ -35,6 +35,10 @@ def main() -> None:
         asked = args.objective or args.where or args.best or args.csv or args.delete
         if not asked and len(roots) == 1 and all(folder.parent == roots[0] for folder in folders):
             print(conclude(roots[0]))
+            statuses = {results.status(folder) for folder in folders}
+            is_open = statuses & {"interrupted", "failed", "paused"} and "running" not in statuses
+            if is_open and (again := compare.sweep_command(roots[0])):
+                print(f"go on with\n  {again}")
         else:
             runs = compare.choose(compare.read(folders), args.where)
             if args.delete:

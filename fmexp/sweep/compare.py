@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fmexp import config
+from fmexp.config.overrides import quote
 from fmexp.errors import FmexpError, did_you_mean, printable, similar
 from fmexp.rundir import bounded, layout
 from fmexp.sweep.members import Member, check_tree, folder_number, ranked, read_member, warn_left_out
@@ -194,10 +195,27 @@ def command(folder: Path) -> str | None:
     with suppress(Exception):  # a member that failed at once has no hydra.yaml, and a damaged one says nothing
         about = bounded.read_yaml(folder / ".hydra" / "hydra.yaml")["hydra"]
         words += [word for word in about["overrides"]["hydra"] if word.startswith("hydra.searchpath=")]
-        sources = about["runtime"]["config_sources"]
-        own = [str(source["path"]) for source in sources if source["provider"] == "command-line"]
-        words = [word for path in own for word in ("--config-dir", path)] + words
+        words = [*_config_dir(about), *words]
     return printable(shlex.join(["python", "-m", "fmexp", *words]))
+
+
+def sweep_command(root: Path) -> str | None:
+    """What to type to go on with a sweep, as its last command was; None where its folder does not say that."""
+    with suppress(Exception):  # whatever a file that is not there, or a damaged one, makes a reader raise
+        about = bounded.read_yaml(root / "multirun.yaml")["hydra"]
+        words = [str(word) for word in (*about["overrides"]["hydra"], *about["overrides"]["task"])]
+        if not any(word.startswith("-") for word in words):
+            words = [word for word in words if not word.startswith(("hydra.mode=", "hydra.sweep.dir=", "resume="))]
+            words = [*_config_dir(about), *words, f"hydra.sweep.dir={quote(str(root))}"]
+            return printable(shlex.join(["python", "-m", "fmexp", "-m", *words]))
+    return None
+
+
+def _config_dir(about: dict[str, Any]) -> list[str]:
+    """The words with a folder of one's own YAML files, where there was one."""
+    sources = about["runtime"]["config_sources"]
+    own = [str(source["path"]) for source in sources if source["provider"] == "command-line"]
+    return [word for path in own for word in ("--config-dir", path)]
 
 
 def frame(*folders: str | Path) -> Any:

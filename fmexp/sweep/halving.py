@@ -10,7 +10,6 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +21,14 @@ from hydra.core.utils import configure_log, setup_globals
 from fmexp import config
 from fmexp.config.overrides import varied_keys
 from fmexp.errors import ConfigError, FmexpError
-from fmexp.process import block_signals
-from fmexp.rundir import atomic, layout, results, rungs
+from fmexp.rundir import layout, results, rungs
+from fmexp.sweep.further import lengthen, shorter
 from fmexp.sweep.grid import Parsing, choices, expand
 from fmexp.sweep.job import Job
 from fmexp.sweep.launcher import action
 from fmexp.sweep.members import rung_tag
+from fmexp.sweep.pausing import check_comparable, lengths, prune
 from fmexp.sweep.progress import Progress
-from fmexp.sweep.report import write_rungs
 
 log = logging.getLogger(__name__)
 
@@ -83,19 +82,26 @@ class Halving(Parsing):
         self.launcher.varied = varied_keys(words)
         self.root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
         jobs: list[Job] = self.launcher.plan(self.root, words, 0)
-        _check_comparable(jobs)
+        check_comparable(jobs, "hydra/sweeper=halving")
+        further = shorter(self.root, jobs)
         with self.launcher.reporting(len(jobs)) as progress:
             if self.cfg.sweep.dry_run:
-                self.launcher.execute(self.root, jobs)  # which says what it would do, and leaves
-            self.totals = dict(zip((job.folder for job in jobs), _total_steps(jobs), strict=True))
+                known = {job.number: job for job in further}
+                self.launcher.execute(self.root, [known.get(job.number, job) for job in jobs])  # says all, and leaves
+            if further:
+                log.info("%d members with fewer epochs go on", len(further))
+                for job in further:
+                    lengthen(job)
+                jobs = self.launcher.plan(self.root, words, 0)
+            self.totals = {job.folder: total for job, (_, total) in zip(jobs, lengths(jobs), strict=True)}
             brackets, ladder = self._arranged(jobs)
             self.launcher.trees = {job.folder: job.tree for job in jobs}  # HPARAMS' columns are those of all
             self.launcher.metrics = (rung_tag(str(jobs[0].tree["objective"])),)
             log.info("halving of %d members in %s: %s go on, to the end at %s batches", len(jobs), self.root,
                      ladder.said, f"{max(self.totals.values()):,}")  # fmt: skip
             every = list(self.totals.values())
-            known = {job.folder: _trained(job) for job in jobs}
-            progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), known)
+            trained = {job.folder: _trained(job) for job in jobs}
+            progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), trained)
             self._climb(brackets, ladder, progress)
         return self._concluded(jobs)
 
@@ -107,17 +113,17 @@ class Halving(Parsing):
         """
         eta, count, total = self.options.eta, self.options.brackets, max(self.totals.values())
         first = self.options.min_steps
-        if first is None:
-            count_of_rungs = max(1, int(math.log(len(jobs), eta) + 1e-9))
-            first = math.ceil(total / eta**count_of_rungs)
-        if first >= total:
+        if total < 2:
+            raise ConfigError(
+                "hydra/sweeper=halving compares members before their end, and they have one batch. Take more, with "
+                "train.epochs or train.max_steps."
+            )
+        if first is not None and first >= total:
             raise ConfigError(
                 f"hydra.sweeper.min_steps={first} must be below the {total:,} batches of a member, for nothing would "
                 f"end early. Take fewer, such as {max(1, total // eta**2)}, or a longer run."
             )
-        steps = [first]
-        while steps[-1] * eta < total:
-            steps.append(steps[-1] * eta)
+        steps = rung_steps(total, eta, len(jobs), first)
         if count > len(steps) + 1 or count > len(jobs):
             most = min(len(steps) + 1, len(jobs))
             raise ConfigError(
@@ -134,32 +140,26 @@ class Halving(Parsing):
             compared = range(min(rung + 1, len(left)))
             self._train([job for bracket in compared for job in left[bracket]], step)
             metric = config.rung_metric(left[0][0].tree) if left[0] else ""
-            others = []
+            others, further = [], 0
             for bracket in compared:
-                best = _best(left[bracket], step, ladder.kept(bracket, rung))
-                others += [job for job in left[bracket] if job not in best]
-                left[bracket] = best
+                chosen = _chosen(left[bracket], step, ladder.kept(bracket, rung))
+                further += sum(_is_further(job, step) for job in chosen)
+                others += [job for job in left[bracket] if job not in chosen]
+                left[bracket] = chosen
             pruned += others
             if not self.options.resume_pruned:
-                self._prune(others, step, progress)
+                for job in others:
+                    if step in rungs.read(job.folder):  # else it has failed on the way there
+                        prune(job, step)
+                    if layout.holds_run(job.folder):
+                        progress.pruned(job.folder)
             on = [job for bracket in compared for job in left[bracket]]
             count = len(on) + len(others)
-            progress.say(f"after {step:,} batches {len(on)} of {count} members go on{_values(on, step, metric)}")
+            later = f"; {further} of them are further, and compared later" if further else ""
+            progress.say(f"after {step:,} batches {len(on)} of {count} members go on{_values(on, step, metric)}{later}")
         self._train([job for bracket in left for job in bracket], None)
         if self.options.resume_pruned:
             self._train(sorted(pruned, key=lambda job: job.number), None)
-
-    def _prune(self, jobs: Sequence[Job], step: int, progress: Progress) -> None:
-        """Note of members that they do not go on from a step; one that failed on the way there has failed."""
-        for job in jobs:
-            if rungs.value_at(job.folder, step) is not None:
-                with suppress(layout.LockedError), layout.lock(job.folder):  # another sweep may want it to go on
-                    if (layout.read_result(job.folder) or {}).get("status") not in ("complete", "diverged", "pruned"):
-                        atomic.remove_leftovers(job.folder)
-                        write_rungs(job.folder, rung_tag(str(job.tree["objective"])), rungs.read(job.folder))
-                        layout.write_pruned(job.folder, job.tree, step)  # last: then nothing is left to be done
-            if layout.holds_run(job.folder):
-                progress.pruned(job.folder)
 
     def _train(self, jobs: Sequence[Job], step: int | None) -> None:
         """Let members train to a step, or to their end; those whose process was killed once more.
@@ -220,23 +220,48 @@ def _failed(job: Job) -> bool:
     return results.status(job.folder) == "failed"
 
 
-def _best(jobs: Sequence[Job], step: int, count: int) -> list[Job]:
-    """So many of the best at a step, of equal ones the first; never one without a finite objective there.
+def _is_further(job: Job, step: int) -> bool:
+    """Whether a member has paused behind a step and not at it, where another command had other rungs or none."""
+    found = rungs.read(job.folder)
+    return step not in found and max(found, default=0) > step
 
-    A member that some other command has trained to its end, without a pause, is in nobody's way.
+
+def _chosen(jobs: Sequence[Job], step: int, count: int) -> list[Job]:
+    """The members that go on from a step: so many of the best there, of equal ones the first; never one without a
+    finite objective there.
+
+    Those that are further go on until they can be compared at one step, and leave to the others their share of the
+    places, at least one. A member that some other command has trained to its end, without a pause, is in nobody's way.
     """
-    found = [(value, job) for job in jobs if (value := rungs.value_at(job.folder, step)) is not None]
+    further = [job for job in jobs if _is_further(job, step)]
+    places = max(1, count * (len(jobs) - len(further)) // max(1, len(jobs)))
+    found = [(value, job) for job in jobs if (value := rungs.read(job.folder).get(step)) is not None]
     sign = -1 if jobs and config.maximised(config.rung_metric(jobs[0].tree)) else 1
-    places = sorted((sign * value, job.number, job) for value, job in found if math.isfinite(value))
-    return [job for _, _, job in places[:count]]
+    order = sorted((sign * value, job.number, job) for value, job in found if math.isfinite(value))
+    return [*further, *(job for _, _, job in order[:places])]
 
 
 def _values(jobs: Sequence[Job], step: int, metric: str) -> str:
     """The objective that was enough to go on from a step, in words."""
-    values = [value for job in jobs if (value := rungs.value_at(job.folder, step)) is not None]
+    values = [found[step] for job in jobs if step in (found := rungs.read(job.folder))]
     if not values:
         return ""
     return f", with {metric} from {min(values):.4f} to {max(values):.4f}"
+
+
+def rung_steps(total: int, eta: int, members: int, first: int | None) -> list[int]:
+    """The batches after which members are compared: from the first one upwards, each `eta` times the one before.
+
+    Without a first one they are counted from the end, total/eta, total/eta^2 and so on, until fewer than `eta` members
+    are left: so more members have the same rungs and earlier ones. Two at one step are one.
+    """
+    if first is None:
+        count = max(1, int(math.log(members, eta) + 1e-9))
+        return sorted({-(-total // eta**k) for k in range(1, count + 1)})
+    steps = [first]
+    while steps[-1] * eta < total:
+        steps.append(steps[-1] * eta)
+    return steps
 
 
 def _brackets(jobs: Sequence[Job], count: int, eta: int) -> list[list[Job]]:
@@ -301,38 +326,3 @@ def _draw(word: Override, key: str, number: int, seed: int) -> str:
         high += 1
     drawn = math.exp(math.log(low) + share * math.log(high / low)) if log_scale else low + share * (high - low)
     return str(min(int(drawn), high - 1)) if whole else f"{drawn:.6g}"
-
-
-def _check_comparable(jobs: Sequence[Job]) -> None:
-    """Raise ConfigError where the members cannot be compared at a rung, or cannot go on from it."""
-    if not all(job.tree["resume"] for job in jobs):
-        raise ConfigError(
-            "resume=false: the members of hydra/sweeper=halving go on from rung to rung. Leave it out, and name a new "
-            "folder with hydra.sweep.dir=<folder>."
-        )
-    names = {str(job.tree["objective"]) for job in jobs}
-    if len(names) > 1:
-        raise ConfigError(f"objective={','.join(sorted(names))}: the members are compared by one objective. Name one.")
-    (name,) = names
-    if name.partition("/")[0] not in ("val", "test") or name in {str(job.tree["train"]["tag"]) for job in jobs}:
-        raise ConfigError(
-            f"objective={name} is not measured at a rung of hydra/sweeper=halving: take a metric of an evaluation, "
-            "such as objective=val/accuracy with train.validation=0.1."
-        )
-
-
-def _total_steps(jobs: Sequence[Job]) -> list[int]:
-    """How many batches each member has in all. Loads each dataset, once."""
-    with block_signals():  # a signal's exception in the midst of torch's import aborts the process
-        from fmexp.build import build_dataset
-        from fmexp.run import total_steps
-
-    known: dict[str, int] = {}
-    totals = []
-    for job in jobs:
-        train = job.tree["train"]
-        key = str([job.tree["dataset"], *(train[name] for name in ("validation", "batch_size", "epochs", "max_steps"))])
-        if key not in known:
-            known[key] = total_steps(job.run_cfg, build_dataset(job.run_cfg))
-        totals.append(known[key])
-    return totals

@@ -92,7 +92,7 @@ class Launcher(HydraLauncher):
         root = Path(str(self.config.hydra.sweep.dir)).absolute()
         jobs = self.plan(root, job_overrides, initial_job_idx)
         self.execute(root, jobs)
-        return [_outcome(job) for job in jobs]
+        return [outcome(job) for job in jobs]
 
     def execute(self, root: Path, jobs: Sequence[Job]) -> None:
         """Execute planned members, within `reporting`; those to skip are counted alone."""
@@ -188,12 +188,12 @@ def action(path: Path, tree: dict[str, Any]) -> str:
     return "resume" if layout.superfluous_checkpoints(path, status, tree) else "skip"
 
 
-def _outcome(job: Job) -> JobReturn:
+def outcome(job: Job) -> JobReturn:
     """What came of a member, for the sweeper, from its folder."""
     done = JobReturn(overrides=job.overrides, working_dir=str(job.folder), status=JobStatus.COMPLETED)
     try:
         result = results.read(job.folder)
-        if result.status in ("complete", "diverged"):
+        if result.status in ("complete", "diverged", "pruned"):
             done.return_value = result.objective
             return done
         problem = result.error or "not executed"

@@ -170,6 +170,8 @@ class Progress:
             error = (result.error.splitlines() or [""])[0]
             details = [] if details == [error] else details
             return "\n".join([f"{line}failed: {error}", *(f"    {detail}" for detail in details)])
+        if result.status == "paused" and result.rungs == self.rungs.get(result.folder):
+            return f"{line}stopped before it went on from step {result.steps}"
         if result.status == "paused" and result.rungs:
             step, value = list(result.rungs.items())[-1]
             line += f"step {step}: {config.rung_metric(layout.read_config(result.folder))} {value:.4f}"

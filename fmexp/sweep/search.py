@@ -10,19 +10,23 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.core.utils import JobStatus, configure_log, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 
 from fmexp import config
 from fmexp.config import maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.errors import CodeError, ConfigError, FmexpError
-from fmexp.rundir import layout
+from fmexp.rundir import layout, rungs
 from fmexp.sweep.grid import Parsing, choices
+from fmexp.sweep.job import Job
+from fmexp.sweep.launcher import outcome
 from fmexp.sweep.members import read
+from fmexp.sweep.pausing import check_comparable, lengths, prune
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,8 @@ STORAGE = "optuna.db"
 class Search(Parsing):
     """Executes `n_trials` members that Optuna chooses, from choices (a,b), range and interval of Hydra's grammar.
 
-    A member that failed stays open: the same command executes it again. One that diverged is Optuna's to avoid.
+    A member that failed stays open: the same command executes it again. One that diverged is Optuna's to avoid. With a
+    pruner each pauses at the end of each epoch, where Optuna compares it with those before it, and may end it.
     """
 
     def sweep(self, arguments: list[str]) -> float:
@@ -56,6 +61,7 @@ class Search(Parsing):
         setup_globals()
         # Mistakes are refused before a file is made.
         jobs = self.launcher.plan(root, [[*fixed, *words] for words in _samples(space)], 0)
+        pruner = self._pruner(jobs)
         self.left_out = config.left_out(jobs[0].tree)
         self._check_owner(root)
         self._ask(optuna.create_study(), 0, space)
@@ -66,6 +72,7 @@ class Search(Parsing):
                 study_name="fmexp",
                 storage=f"sqlite:///{root / STORAGE}",
                 direction="maximize" if maximised(self.cfg.objective) else "minimize",
+                pruner=pruner,
                 load_if_exists=True,
             )
             return self._search(root, fixed, space)
@@ -83,10 +90,10 @@ class Search(Parsing):
         _check_same_search(self.study, [word for word in fixed if _key(word) not in self.left_out])
         log.info("search in %s: %d of %d trials done", root / STORAGE, len(begun) - len(unfinished), total)
         self.launcher.varied = list(space)
-        ended = [member.folder for member in read(root) if member.status in ("complete", "diverged")]
+        ended = [member.folder for member in read(root) if member.status in ("complete", "diverged", "pruned")]
         with self.launcher.reporting(total) as progress:
             progress.plan(ended, ())
-            failures = self._run(self._batches(unfinished, len(begun), space), fixed, space)
+            failures = self._run(self._batches(unfinished, len(begun), space), fixed, space, root)
         if failures:
             raise FmexpError(f"{failures} trials failed; the same command executes them again.")
         if not self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
@@ -108,14 +115,42 @@ class Search(Parsing):
                 "pickled. Search in a folder of your own with hydra.sweep.dir=<folder>."
             )
 
-    def _run(self, batches: Iterator[list[Any]], fixed: Sequence[str], space: dict[str, Any]) -> int:
+    def _pruner(self, jobs: Sequence[Job]) -> Any:
+        """What ends trials, or None.
+
+        Raises:
+            ConfigError: trials would be executed at once, so that what each is compared with would be chance; or they
+                cannot be compared before their end.
+            CodeError: it cannot be made.
+        """
+        name = self.options.pruner._target_
+        if name == "optuna.pruners.NopPruner":
+            return None
+        if self._at_once > 1:
+            raise ConfigError(
+                f"hydra.sweeper.pruner._target_={name} compares a trial with those before it, and {self._at_once} "
+                "would be trained at once: what each is compared with would be chance. Add hydra.sweeper.n_jobs=1, or "
+                "take hydra/sweeper=halving."
+            )
+        check_comparable(jobs, "hydra.sweeper.pruner")
+        try:
+            return instantiate(self.options.pruner)
+        except Exception as error:
+            raise CodeError(f"hydra.sweeper.pruner cannot be made: {str(error).strip()}") from error
+
+    def _run(self, batches: Iterator[list[Any]], fixed: Sequence[str], space: dict[str, Any], root: Path) -> int:
         """Execute batches of trials and tell Optuna what came of them; returns how many failed."""
+        from optuna.pruners import NopPruner
         from optuna.trial import TrialState
 
         failures = 0
         for batch in batches:
             overrides = [[*fixed, *(f"{key}={_shown(trial.params[key])}" for key in space)] for trial in batch]
-            for trial, member in zip(batch, self.launcher.launch(overrides, batch[0].number), strict=True):
+            if isinstance(self.study.pruner, NopPruner):
+                members = self.launcher.launch(overrides, batch[0].number)
+            else:
+                members = [self._by_epochs(root, trial, words) for trial, words in zip(batch, overrides, strict=True)]
+            for trial, member in zip(batch, members, strict=True):
                 if member.status != JobStatus.COMPLETED:
                     failures += 1
                 elif math.isnan(member.return_value):
@@ -126,14 +161,41 @@ class Search(Parsing):
                 break
         return failures
 
+    def _by_epochs(self, root: Path, trial: Any, overrides: list[str]) -> JobReturn:
+        """Execute a trial from epoch to epoch, as far as the pruner lets it go on; NaN where it does not."""
+        from optuna.trial import Trial
+
+        (job,) = self.launcher.plan(root, [overrides], trial.number)
+        ((each, total),) = lengths([job])
+        reported = getattr(trial, "intermediate_values", {})  # of one that was begun
+        trial = Trial(self.study, trial._trial_id)  # which has no public name, and a trial that was begun cannot report
+        for epoch, step in enumerate(range(each, total, each), 1):
+            if step not in rungs.read(job.folder):
+                self.launcher.execute(root, [replace(job, pause_at=step)])
+            if (value := rungs.read(job.folder).get(step)) is None:  # it has ended before
+                return outcome(job)
+            if epoch not in reported:
+                trial.report(value, epoch)
+            if epoch >= max(reported, default=0) and trial.should_prune():
+                prune(job, step)
+                self.launcher.progress.pruned(job.folder)
+                self.launcher.progress.say(f"{job.folder.name}: pruned after epoch {epoch}")
+                return outcome(job)
+        self.launcher.execute(root, [job])
+        return outcome(job)
+
     def _batches(self, unfinished: list[Any], count: int, space: dict[str, Any]) -> Iterator[list[Any]]:
         """Trials to execute together: first those that were begun, then new ones until there are n_trials in all."""
-        at_once = self.options.n_jobs or self.launcher.at_once
-        for start in range(0, len(unfinished), at_once):
-            yield unfinished[start : start + at_once]
-        for start in range(count, self.options.n_trials, at_once):
-            end = min(start + at_once, self.options.n_trials)
+        for start in range(0, len(unfinished), self._at_once):
+            yield unfinished[start : start + self._at_once]
+        for start in range(count, self.options.n_trials, self._at_once):
+            end = min(start + self._at_once, self.options.n_trials)
             yield [self._ask(self.study, number, space) for number in range(start, end)]
+
+    @property
+    def _at_once(self) -> int:
+        """How many trials are chosen together."""
+        return int(self.options.n_jobs or self.launcher.at_once)
 
     def _ask(self, study: Any, number: int, space: dict[str, Any]) -> Any:
         """Let the sampler choose a trial of a study.

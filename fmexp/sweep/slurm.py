@@ -57,6 +57,8 @@ def run(root: Path, jobs: list[Job], executor: Any, progress: Progress, *, fail_
 
     A job that is put back into the queue resumes from where it was. The jobs go on if this process ends.
     """
+    if not jobs:
+        return
     process.resume_gc()
     submitted = _submitted(root)
     queued = _queue()

@@ -119,6 +119,59 @@ def test_survivors_have_the_bits_of_plain_runs(undisturbed: Path, driver: Driver
         assert ours == theirs
 
 
+@pytest.mark.parametrize("first", [("hydra.sweeper.min_steps=2",), ()], ids=["min_steps", "default"])
+def test_three_times_as_many_epochs_take_over_what_members_have(
+    first: tuple[str, ...], driver: Driver, tmp_path: Path
+) -> None:
+    """Decisions and bits are those of a sweep that had so many from the start; one that was killed on the way, too."""
+    words = tuple(word for word in HALVING if not word.startswith("hydra.sweeper.min_steps"))
+    words = ("--multirun", *words, *first, "train.keep_checkpoint=true")
+    root, truth = tmp_path / "sweep", tmp_path / "truth"
+    assert driver.run(*words, "train.epochs=3", f"hydra.sweep.dir={truth}", cli=True).code == 0
+    words = (*words, f"hydra.sweep.dir={root}")
+    assert driver.run(*words, "train.epochs=1", cli=True).code == 0
+    before = rungs(root)
+    (best,) = (name for name, status in statuses(root).items() if status == "complete")
+    dry = driver.run(*words, "train.epochs=3", "sweep.dry_run=true", cli=True)
+    assert "9 members: 0 to train, 8 to resume, 1 to skip. Nothing was written." in dry.output
+    assert rungs(root) == before
+    for point, nth in ((r"rename .*config.yaml.part to .*config.yaml done", 4),
+                       (r"rename .*result.json.part to .*result.json done", 4),
+                       (r"rename .*rungs.json.part to .*rungs.json done", 1)):  # fmt: skip
+        ended = driver.run(
+            *words, "train.epochs=3", cli=True, folder=root, plan=[{"match": point, "nth": nth, "do": "KILL"}]
+        )
+        assert ended.code == -signal.SIGKILL, ended.output
+    ended = driver.run(*words, "train.epochs=3", cli=True)
+    assert ended.code == 0, ended.output
+    assert statuses(root) == statuses(truth)
+    for name, values in rungs(truth).items():
+        assert rungs(root)[name] == {**before[name], **values}
+    for path in truth.glob("*/result.json"):
+        name, status = path.parent.name, statuses(truth)[path.parent.name]
+        assert layout.digest(root / name) == layout.digest(truth / name)
+        assert (root / name / layout.CONFIG).read_text() == (truth / name / layout.CONFIG).read_text()
+        words_file = ".hydra/overrides.yaml"
+        assert (root / name / words_file).read_text() == (truth / name / words_file).read_text()
+        if status == "complete":
+            ours, theirs = left(root / name), left(truth / name)
+            assert (ours["model"], ours["events"]) == (theirs["model"], theirs["events"])
+    assert (root / best / "fmexp.log").read_text().count("trained further, from epoch 1 to 3") == 1
+
+
+def test_where_the_rate_follows_the_length_of_the_run_members_begin_at_the_start(
+    driver: Driver, tmp_path: Path
+) -> None:
+    words = ("--multirun", *HALVING, "train.keep_checkpoint=true", f"hydra.sweep.dir={tmp_path}", "schedule=cosine")
+    assert driver.run(*words, "train.epochs=1", cli=True).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*.json")}
+    ended = driver.run(*words, "train.epochs=3", cli=True)
+    assert ended.code == 0, ended.output
+    assert "schedule=cosine follows the length of the run. Such members begin at the start." in ended.output
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(statuses(tmp_path)) == 18
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2, 3))])
 def test_kills_at_random_events_change_nothing(undisturbed: Path, driver: Driver, tmp_path: Path, seed: int) -> None:
     """Each goes on from what the one before it left, until a sweep comes to its end."""
@@ -138,7 +191,7 @@ def test_kills_at_random_events_change_nothing(undisturbed: Path, driver: Driver
 
 
 POINTS = (
-    r"rename .checkpoint.pt.part to .*checkpoint.pt done",
+    r"rename .*checkpoint.pt.part to .*checkpoint.pt done",
     r"open \d_.*/.result.json.part",
     r"within \d_.*/.rungs.json.part",
     r"rename .*rungs.json.part to .*rungs.json done",
@@ -149,11 +202,13 @@ POINTS = (
 @pytest.mark.slow
 def test_kills_around_what_a_rung_writes_change_nothing(undisturbed: Path, driver: Driver, tmp_path: Path) -> None:
     root = tmp_path / "sweep"
-    words = ("--multirun", *HALVING, f"hydra.sweep.dir={root}")
+    words, killed = ("--multirun", *HALVING, f"hydra.sweep.dir={root}"), set()
     for nth in (2, 9, 3):  # of the first rung, of its end, of the next one
         for point in POINTS:
             ended = driver.run(*words, cli=True, folder=root, plan=[{"match": point, "nth": nth, "do": "KILL"}])
             assert ended.code in (0, -signal.SIGKILL), ended.output
+            killed |= {point} if ended.code else set()
+    assert killed == set(POINTS), "each is there to be killed at"
     ended = driver.run(*words, cli=True)
     assert ended.code == 0, ended.output
     assert_as(root, undisturbed)

@@ -1,22 +1,26 @@
 """Successive halving: who goes on, how members are drawn, what a person reads of it, and what is refused."""
 
 import csv
+import itertools
 import json
+import logging
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import program
 import pytest
-from sweep_tools import files, member, members
+from sweep_tools import Sweep, files, member, members, until
 from tools import read_events, result, scalars, small
 
 from fmexp import execute, sweep
-from fmexp.sweep import figure, figure_data, progress
+from fmexp.rundir.rungs import write as write_rung
+from fmexp.sweep import figure, figure_data, halving, progress, slurm
 
-# 30 training batches of 4 in an epoch; by default rungs at 4 and 12 for nine members.
+# 30 training batches of 4 in an epoch; by default rungs at 4 and 10 for nine members.
 DATA = ("dataset=synthetic", "dataset.train_size=160", "dataset.test_size=40", "logging=light", "device=cpu",
         "train.batch_size=4", "train.log_every=10", "train.validation=0.25", "objective=val/accuracy", "model=mlp",
         "model.hidden=[16]", "optimizer=adam")  # fmt: skip
@@ -48,7 +52,7 @@ def test_the_best_third_goes_on_from_each_rung_and_of_equal_ones_the_first(
     root, _ = nine
     values = {path.name: rungs(path) for path in members(root)}
     left = list(values)
-    for step, count in ((4, 3), (12, 1)):
+    for step, count in ((4, 3), (10, 1)):
         assert {name for name in values if step in values[name]} == set(left)
         left = sorted(left, key=lambda name: -values[name][step])[:count]  # stable: by the members' numbers
     statuses = {path.name: result(path)["status"] for path in members(root)}
@@ -68,7 +72,7 @@ def test_the_best_third_goes_on_from_each_rung_and_of_equal_ones_the_first(
 def test_what_is_printed_and_written_names_rungs_and_those_left_behind(nine: tuple[Path, program.Finished]) -> None:
     root, done = nine
     lines = done.out.splitlines()
-    assert lines[0] == f"halving of 9 members in {root}: 3 from 4, 1 from 12 go on, to the end at 30 batches"
+    assert lines[0] == f"halving of 9 members in {root}: 3 from 4, 1 from 10 go on, to the end at 30 batches"
     found = {m.folder.name: m for m in sweep.read(root)}
     assert re.sub(r"\s+", " ", lines[1]).startswith(
         f"[1/9] 0_lr-1e-09 step 4: val/accuracy {found['0_lr-1e-09'].rungs[4]:.4f} "
@@ -76,14 +80,14 @@ def test_what_is_printed_and_written_names_rungs_and_those_left_behind(nine: tup
     first = sorted((m.rungs[4] for m in found.values()), reverse=True)[:3]
     assert f"after 4 batches 3 of 9 members go on, with val/accuracy from {first[2]:.4f} to {first[0]:.4f}" in lines
     assert "9 members: 1 complete, 8 pruned" in lines
-    assert lines[-1] == "trained 78 of the 270 batches of all 9 members (28.9%)", "9 * 4 + 3 * 8 + 18"
+    assert lines[-1] == "trained 74 of the 270 batches of all 9 members (27.4%)", "9 * 4 + 3 * 6 + 20"
     assert any(
         line.startswith("pruned: ended at a rung, by the objective there, and not ranked with") for line in lines
     )
 
     rows = list(csv.DictReader((root / "sweep.csv").read_text().splitlines()))
     assert [row["status"] for row in rows] == ["complete", *["pruned"] * 8]
-    assert [int(row["rung"]) for row in rows] == [12, 12, 12, *[4] * 6]
+    assert [int(row["rung"]) for row in rows] == [10, 10, 10, *[4] * 6]
     values = [float(row["rung/accuracy"]) for row in rows]
     assert values[1:3] == sorted(values[1:3], reverse=True)
     assert values[3:] == sorted(values[3:], reverse=True)
@@ -106,11 +110,29 @@ def test_what_is_printed_and_written_names_rungs_and_those_left_behind(nine: tup
 
 
 def test_the_time_left_is_estimated_by_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """78 in all; where a member counts, those of the first rung would seem to be nearly everything."""
+    """74 in all; where a member counts, those of the first rung would seem to be nearly everything."""
     monkeypatch.setattr(progress, "EVERY_S", 0)
     lines = [line for line in call(tmp_path / "s", *NINE).out.splitlines() if line.startswith("sweep: ")]
-    counts = [re.match(r"sweep: (\d+) of 78 batches, \d\d:\d\d left", line) for line in lines]
-    assert [int(found[1]) for found in counts if found] == [*range(4, 37, 4), 44, 52, 60], "and the end has none"
+    counts = [re.match(r"sweep: (\d+) of 74 batches, \d\d:\d\d left", line) for line in lines]
+    assert [int(found[1]) for found in counts if found] == [*range(4, 37, 4), 42, 48, 54], "and the end has none"
+
+
+def test_of_a_sweep_that_was_killed_the_table_says_how_to_go_on(
+    nine: tuple[Path, program.Finished], command: Any, tmp_path: Path
+) -> None:
+    root = tmp_path / "a sweep"
+    begun = Sweep(root, *NINE[1:])
+    until(lambda: len(list(root.glob("*/rungs.json"))) >= 3, "three members at the first rung", begun)
+    begun.kill()
+    said = command(str(root)).out
+    assert re.search(r"^\d members: \d paused", said, re.MULTILINE)
+    (line,) = (line for line in said.splitlines() if line.startswith("  python -m fmexp"))
+    words = shlex.split(line)[3:]
+    assert f"hydra.sweep.dir='{root}'" in words
+    assert program.call(*words, cwd=tmp_path).status == 0
+    for path in members(nine[0]):
+        assert rungs(root / path.name) == rungs(path)
+    assert "go on with" not in command(str(root)).out
 
 
 def test_pruned_members_can_be_deleted(nine: tuple[Path, program.Finished], command: Any, tmp_path: Path) -> None:
@@ -126,7 +148,7 @@ def test_the_table_of_the_folder_is_the_same(nine: tuple[Path, program.Finished]
     assert printed.split("\n\n")[0] in done.out
     assert "9 members: 1 complete, 8 pruned" in printed
     together = list(csv.DictReader(command(str(root), "--csv", "-", "--where", "seed=0").out.splitlines()))
-    assert [row["rung"] for row in together] == ["12"] * 3 + ["4"] * 6, "nor are they ranked among any runs"
+    assert [row["rung"] for row in together] == ["10"] * 3 + ["4"] * 6, "nor are they ranked among any runs"
 
 
 def test_the_same_command_trains_nothing_and_with_resume_pruned_all_go_on(
@@ -187,6 +209,8 @@ def test_draws_follow_from_the_seed_and_their_number_alone(tmp_path: Path) -> No
     assert {row["train.batch_size"] for row in many} == {"2", "3", "4"}
     assert {row["augment"] for row in many} == {"none", "crop_flip"}
     assert all(0 <= float(row["model.dropout"]) <= 0.5 for row in many)
+    places = [sorted(many, key=lambda row: float(row[key])) for key in ("optimizer.lr", "model.dropout")]
+    assert places[0] != places[1], "each key for itself"
     turned = plan(tmp_path, *reversed(SPACE), "hydra.sweeper.n_trials=5")
     assert [[row[key] for key in keys] for row in turned] == [[row[key] for key in keys] for row in few]
     other = plan(tmp_path, *SPACE, "hydra.sweeper.n_trials=5", "hydra.sweeper.seed=1")
@@ -210,6 +234,68 @@ def test_a_search_that_is_extended_takes_what_is_there(tmp_path: Path) -> None:
     assert call(truth, *words, "hydra.sweeper.n_trials=7").status == 0
     of_truth = {path.name: rungs(path) for path in members(truth)}
     assert all(of_truth[path.name].items() <= rungs(path).items() for path in members(root))
+
+
+def test_rungs_of_more_members_are_those_of_fewer_and_earlier_ones() -> None:
+    assert [halving.rung_steps(2531, 3, count, None) for count in (2, 8, 9, 27, 80, 81)] == [
+        [844], [844], [282, 844], [94, 282, 844], [94, 282, 844], [32, 94, 282, 844]]  # fmt: skip
+    assert halving.rung_steps(10, 3, 81, None) == [1, 2, 4], "two at one step are one"
+    assert halving.rung_steps(1000, 3, 81, 100) == [100, 300, 900], "any number of members has the same"
+    for total in range(2, 200):
+        for eta in (2, 3, 4):
+            found = [halving.rung_steps(total, eta, eta**n, None) for n in range(1, 6)]
+            assert all(few == more[-len(few) :] for few, more in itertools.pairwise(found)), (total, eta)
+            assert all(steps[0] >= 1 and steps[-1] < total for steps in found)
+
+
+def test_members_are_compared_at_the_same_step_after_an_extension_by_a_power_of_eta(tmp_path: Path) -> None:
+    """Three of nine have passed the first rung of nine before there was one: they go on from it without a comparison,
+    and a third of the other six; at the next one all five are compared."""
+    root = tmp_path / "s"
+    assert call(root, *WORDS, f"optimizer.lr={','.join(LRS[:3])}").status == 0
+    assert {path.name: list(rungs(path)) for path in members(root)} == {path.name: [10] for path in members(root)}
+    first = {path.name for path in members(root)}
+    done = call(root, *NINE)
+    assert done.status == 0, done.err
+    found = {path.name: rungs(path) for path in members(root)}
+    rest = sorted(found.keys() - first, key=lambda name: (-found[name].get(4, math.nan), int(name[0])))
+    assert len(rest) == 6
+    for name in rest:
+        assert list(found[name]) == ([4, 10] if name in rest[:2] else [4])
+    best = sorted([*first, *rest[:2]], key=lambda name: (-found[name][10], int(name[0])))[0]
+    statuses = {path.name: result(path)["status"] for path in members(root)}
+    assert statuses[best] == "complete"
+    assert all(statuses[name] == "pruned" for name in statuses.keys() - first - {best})
+    assert re.search(
+        r"after 4 batches 5 of 9 members go on, with .*; 3 of them are further, and compared later\n", done.out
+    )
+
+
+def test_a_rung_that_trains_nobody_says_nothing_of_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(slurm, "_queue", lambda: {"12_3"})
+    with progress.Progress(1, "val/accuracy") as shown:
+        slurm.run(tmp_path, [], None, shown, fail_fast=False)
+    assert not caplog.records
+
+
+def test_more_epochs_where_the_best_has_kept_no_checkpoint(nine: tuple[Path, program.Finished], tmp_path: Path) -> None:
+    """The pruned ones go on from theirs; it begins at the start, beside its old folder, which stays as it is."""
+    root = tmp_path / "s"
+    assert call(root, *NINE).status == 0
+    (best,) = (path for path in members(root) if result(path)["status"] == "complete")
+    before = files(best)
+    done = call(root, *NINE, "train.epochs=3")
+    assert done.status == 0, done.err
+    assert "8 members with fewer epochs go on" in done.out
+    assert files(best) == before
+    assert {path.name for path in members(root)} == {path.name for path in members(nine[0])} | {f"{best.name}_2"}
+    assert min(rungs(root / f"{best.name}_2")) == 10
+    for path in members(root):
+        assert (result(path)["config_digest"] == result(best)["config_digest"]) == (path == best)
+        assert "going on from the checkpoint" in (path / "fmexp.log").read_text() or path.name.startswith(best.name)
 
 
 def test_brackets_begin_later_and_choose_among_themselves(tmp_path: Path) -> None:
@@ -256,6 +342,18 @@ def test_a_member_that_diverges_is_not_ranked(tmp_path: Path) -> None:
     assert "4 members: 1 complete, 2 pruned, 1 diverged" in done.out
 
 
+def test_a_member_without_a_finite_objective_does_not_go_on(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    words = (*WORDS, "optimizer.lr=1e-2,1e-9,1e-4", "hydra.sweeper.min_steps=6", "objective=val/loss")
+    assert call(root, *words).status == 0
+    first, _, third = members(root)
+    assert [result(path)["status"] for path in members(root)] == ["complete", "pruned", "pruned"]
+    write_rung(first, 6, math.nan)
+    assert call(root, *words).status == 0
+    assert result(third)["status"] == "complete", "the best of those that are left"
+    assert json.loads((first / "rungs.json").read_text())["6"] is None
+
+
 def test_a_loss_is_minimised_and_the_test_split_is_spared_where_there_is_another(tmp_path: Path) -> None:
     for words, metric in ((("objective=val/loss",), "val/loss"), (("objective=test/loss",), "val/loss"),
                           (("objective=test/loss", "train.validation=0"), "test/loss")):  # fmt: skip
@@ -273,6 +371,7 @@ REFUSED = {
     "as long as a run": ("hydra.sweeper.min_steps=30",
                          "hydra.sweeper.min_steps=30 must be below the 30 batches of a member, for nothing would end "
                          "early. Take fewer, such as 3, or a longer run."),
+    "one batch": ("train.max_steps=1", "hydra/sweeper=halving compares members before their end, and they have one b"),
     "no step": ("hydra.sweeper.min_steps=0", "hydra.sweeper.min_steps=0 must be at least 1"),
     "no fraction": ("hydra.sweeper.eta=1", "hydra.sweeper.eta=1 must be at least 2"),
     "brackets": ("hydra.sweeper.brackets=5 hydra.sweeper.min_steps=4",

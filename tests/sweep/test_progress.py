@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 import re
 from contextlib import redirect_stderr
@@ -10,10 +11,11 @@ from typing import Any
 
 import program
 import pytest
-from sweep_tools import SMALL, fabricate, members
+from sweep_tools import SMALL, fabricate, members, write_run
 from tools import result, small
 
 from fmexp import execute, sweep
+from fmexp.rundir import rungs
 from fmexp.sweep import launcher, progress
 from fmexp.sweep.progress import Progress
 
@@ -127,6 +129,24 @@ def test_the_closing_line_counts_each_status(tmp_path: Path) -> None:
     (fabricate(tmp_path, 4, {"seed": 4}, None) / "result.json").unlink()
     said = sweep.conclude(tmp_path, not_begun=7)
     assert "12 members: 3 complete, 1 failed, 1 interrupted, 7 not begun" in said.splitlines()
+
+
+def test_a_member_that_was_stopped_before_it_went_on_is_not_said_to_have_paused_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one whose Slurm job was cancelled while it waited."""
+    caplog.set_level(logging.INFO)
+    path = write_run(tmp_path / "0_seed-0", None, "paused")
+    rungs.write(path, 3, 0.5)
+    with Progress(1, "val/accuracy") as shown:
+        shown.plan([path], [path])
+        shown.ended(path)
+        rungs.write(path, 9, 0.75)
+        shown.ended(path)
+    assert [" ".join(record.message.split()) for record in caplog.records] == [
+        "[1/1] 0_seed-0 stopped before it went on from step 0",
+        "[1/1] 0_seed-0 step 9: test/accuracy 0.7500 1.5 s",
+    ]
 
 
 def test_csv_files_have_every_digit(tmp_path: Path) -> None:

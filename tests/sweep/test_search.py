@@ -8,10 +8,11 @@ import optuna
 import program
 import pytest
 from sweep_tools import OWN, SMALL, Gate, Sweep, files, members
-from tools import result
+from tools import assert_same_weights, result
 
-from fmexp import compose, config, sweep
+from fmexp import compose, config, execute, sweep
 from fmexp.rundir import layout
+from fmexp.sweep import search
 
 SPACE = ("hydra/sweeper=optuna", "optimizer.lr=tag(log, interval(1e-4, 1e-1))", "optimizer.momentum=interval(0.0,0.9)",
          "+model.tag=a,b", "dataset.train_size=64")  # fmt: skip
@@ -89,6 +90,7 @@ def test_recipe_searches_learning_rate_momentum_and_model(tmp_path: Path) -> Non
 SEARCH = (*SMALL, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2")
 LR = "optimizer.lr=interval(0.01,0.1)"
 SAMPLER = "hydra.sweeper.sampler._target_=optuna.samplers"
+PRUNER = "hydra.sweeper.pruner._target_=optuna.pruners"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,11 @@ SAMPLER = "hydra.sweeper.sampler._target_=optuna.samplers"
         (f"{LR} {SAMPLER}.GridSampler", "GridSampler cannot choose trial 0: Error in call to target"),
         (f"{LR} {SAMPLER}.Nope", "Nope cannot choose trial 0: Error locating target 'optuna.samplers.Nope'"),
         (f"{LR} hydra.sweeper.sampler._target_=builtins.dict", "builtins.dict cannot choose trial 0: 'dict' object"),
+        (f"{LR} hydra.sweeper.pruner=median", "hydra.sweeper.pruner=median must be a mapping with _target_"),
+        (f"{LR} {PRUNER}.Nope", "hydra.sweeper.pruner cannot be made: Error locating target 'optuna.pruners.Nope'"),
+        (f"{LR} {PRUNER}.ThresholdPruner", "hydra.sweeper.pruner cannot be made: Error in call to target"),
+        (f"{LR} {PRUNER}.MedianPruner hydra.sweeper.n_jobs=2", "and 2 would be trained at once: what each is compared"),
+        (f"{LR} {PRUNER}.MedianPruner objective=train/accuracy", "objective=train/accuracy is not measured"),
         ("seed=1", "hydra/sweeper=optuna has nothing to search"),
         ("optimizer.lr=interval(0.2,0.1)", "optimizer.lr=interval(0.2,0.1) cannot be searched: `low <= high` must"),
         ("optimizer.lr=tag(log,interval(0,1))", "optimizer.lr=tag(log,interval(0,1)) cannot be searched: `low > 0`"),
@@ -192,3 +199,50 @@ def test_state_that_another_user_may_have_pickled_is_refused(tmp_path: Path, mon
         assert f"{root}/optuna.db belongs to another user, and {sampler.partition('=')[2]} may execute" in done.err
         assert files(root) == before
     assert program.call(*words, cwd=tmp_path).status == 0, "with a sampler that pickles nothing"
+
+
+PRUNED = ("-m", *SEARCH, "hydra.sweeper.n_trials=6", "optimizer.lr=tag(log,interval(1e-5,1))", "train.max_steps=null",
+          "train.epochs=3", f"{SAMPLER}.RandomSampler", f"{PRUNER}.MedianPruner",
+          "+hydra.sweeper.pruner.n_startup_trials=1")  # fmt: skip
+
+
+class KilledError(BaseException):
+    """In place of a SIGKILL."""
+
+
+def test_a_pruner_ends_trials_by_their_epochs_and_decides_the_same_after_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reported(root: Path) -> list[dict[int, float]]:
+        study = optuna.load_study(study_name="fmexp", storage=f"sqlite:///{root / 'optuna.db'}")
+        return [trial.intermediate_values for trial in study.get_trials()]
+
+    truth = tmp_path / "truth"
+    done = program.call(*PRUNED, f"hydra.sweep.dir={truth}", cwd=tmp_path)
+    assert done.status == 0, done.err
+    states = [state for state, _, _ in trials(truth)]
+    assert {*states} == {"COMPLETE", "PRUNED"}
+    found = sweep.read(truth)
+    assert [member.status.upper() for member in found] == states
+    for member, values in zip(found, reported(truth), strict=True):
+        assert values == {step // 16: value for step, value in member.rungs.items()}
+        assert member.steps == (48 if member.status == "complete" else 16 * len(values))
+        assert (member.folder / "checkpoint.pt").exists() == (member.status == "pruned")
+    whole = next(member for member in found if member.status == "complete")
+    alone = tmp_path / "alone"
+    words = [f"{key}={value}" for key, value in whole.overrides.items()]
+    execute(compose([*SMALL, "train.max_steps=null", "train.epochs=3", *words]), alone)
+    assert_same_weights(whole.folder, alone)
+
+    def killed(*arguments: object, **named: object) -> None:
+        raise KilledError
+
+    root = tmp_path / "killed"
+    for module, name in ((search, "prune"), (optuna.study.Study, "tell"), (optuna.trial.Trial, "should_prune")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, killed)
+            with pytest.raises(KilledError):
+                program.call(*PRUNED, f"hydra.sweep.dir={root}", cwd=tmp_path)
+    assert program.call(*PRUNED, f"hydra.sweep.dir={root}", cwd=tmp_path).status == 0
+    assert trials(root) == trials(truth)
+    assert reported(root) == reported(truth)
