@@ -193,6 +193,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if told else 1
 
 
+def share_a_machine() -> bool:
+    """Whether all of a run's processes are on this machine, which is Linux."""
+    return sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size())
+
+
 sharers = 1  # processes that share the cores with this one: those of a sweep side by side
 
 

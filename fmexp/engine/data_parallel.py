@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -167,8 +166,7 @@ class _BatchNorm(torch.autograd.Function):
         direct, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, weight, of.mean, of.variance, None, None, False, ctx.eps, [True, True, True]
         )
-        sums = torch.stack([by_weight, by_bias])
-        dist.all_reduce(sums)
+        sums = ctx.world.all_gather(torch.stack([by_weight, by_bias])).sum(0)
         # What flows through the mean and the variance is of the form a * normalised + b: the same kernel again.
         scale = (of.variance + ctx.eps).rsqrt() * (1 if weight is None else weight) / of.number
         by_mean = sums * scale
