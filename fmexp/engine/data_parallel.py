@@ -39,7 +39,8 @@ class DataParallel:
         unused: bool,
     ) -> None:
         self.world, self.memory_format, self.sync_batchnorm = world, memory_format, sync_batchnorm
-        self.model = DistributedDataParallel(model, find_unused_parameters=unused)
+        self.model = DistributedDataParallel(model, find_unused_parameters=unused, broadcast_buffers=False)
+        self.buffers = _own_buffers(model, sync_batchnorm)
         self.part = world.part(world.size)
         self.backward = plain_backward(self._logits, loss, precision)  # type: ignore[arg-type]
         rng.set_state(world.broadcast(rng.get_state()))
@@ -48,12 +49,27 @@ class DataParallel:
         self.part = self.world.part(len(labels))
         own = images[self.part.rows] if len(images) == len(labels) else images
         # Times the size, for DistributedDataParallel takes the mean of the gradients, of which the sum is meant.
-        return self.backward(own.to(memory_format=self.memory_format), labels, factor * self.world.size)
+        loss = self.backward(own.to(memory_format=self.memory_format), labels, factor * self.world.size)
+        # By name, for a model may have put others in their places.
+        self.world.share([getattr(module, name) for module, name in self.buffers])
+        return loss
 
     def _logits(self, images: Tensor) -> Tensor:
         with _AsOne(self.world, self.part, self.sync_batchnorm):
             logits = self.model(images)
         return self.world.gather_logits(logits, self.part)
+
+
+def _own_buffers(model: nn.Module, sync_batchnorm: bool) -> list[tuple[nn.Module, str]]:
+    """The buffers that may be others in each process after a step, as a module and a name: all but BatchNorm's, where
+    that has the statistics of the whole batch."""
+    same = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if sync_batchnorm else ()
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if not isinstance(module, same) or name not in ("running_mean", "running_var", "num_batches_tracked")
+    ]
 
 
 class _AsOne(TorchFunctionMode):

@@ -144,6 +144,16 @@ class World:
             raise dist.DistNetworkError(f"the connection to another process is gone: {error}") from error
         return parts
 
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Fill tensors with the first process's values, to the bit, by one message."""
+        if tensors:
+            values = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+            message = torch.cat(values)
+            dist.broadcast(message, src=0)
+            for tensor, value in zip(tensors, message.split([len(value) for value in values]), strict=True):
+                tensor.copy_(value.clone().view(tensor.dtype).view(tensor.shape))  # cloned, to be aligned
+
     def gather_rows(self, rows: Tensor, whole: int) -> Tensor:
         """A batch of `whole` rows, of each process's part of it."""
         return self._gather(rows, whole, rows.new_empty(0, dtype=torch.uint8))[0]

@@ -51,6 +51,23 @@ class Branches(nn.Module):
         return logits
 
 
+class Centred(nn.Module):
+    """A linear layer after a running mean of its own, a new tensor at each batch."""
+
+    mean: Tensor
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.last = nn.Linear(input_shape[1] * input_shape[2], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * images.detach().mean()
+        logits: Tensor = self.last((images - self.mean).flatten(1))
+        return logits
+
+
 class Attends(nn.Module):
     """Attention between the rows of an image, with dropout inside of torch's own function."""
 
