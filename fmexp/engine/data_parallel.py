@@ -39,7 +39,8 @@ class DataParallel:
         unused: bool,
     ) -> None:
         self.world, self.memory_format, self.sync_batchnorm = world, memory_format, sync_batchnorm
-        self.model = DistributedDataParallel(model, find_unused_parameters=unused, broadcast_buffers=False)
+        self.model = DistributedDataParallel(model, find_unused_parameters=unused)
+        self.model.broadcast_buffers = False  # as an argument it warns; its follower is unknown to older versions
         self.buffers = _own_buffers(model, sync_batchnorm)
         self.part = world.part(world.size)
         self.backward = plain_backward(self._logits, loss, precision)  # type: ignore[arg-type]

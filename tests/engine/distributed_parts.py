@@ -144,19 +144,22 @@ def shrink(run: Run, *, tag: str) -> None:
             parameter.mul_(0.9)
 
 
-def execute_strictly(overrides: list[str], folder: Path) -> None:
+def execute_strictly(overrides: list[str], folder: Path, pause_at: int | None = None) -> float:
     """Execute a run in which every stage's failure is the run's."""
     cfg = compose(overrides)
     for stage in cfg.stage.values():
         with open_dict(stage):
             stage.required = True
-    execute(cfg, folder)
+    return execute(cfg, folder, pause_at=pause_at)
 
 
 def main() -> None:
-    """Execute runs one after another, as each of the processes does: [overrides, folder] in a list of a JSON file."""
-    for overrides, folder in json.loads(Path(sys.argv[1]).read_text()):
-        execute_strictly(overrides, folder)
+    """Execute runs one after another, as each of the processes does: [overrides, folder, steps] in a list of a JSON
+    file. At the steps a run pauses; what is returned there is kept beside its folder, by rank."""
+    for overrides, folder, pauses in json.loads(Path(sys.argv[1]).read_text()):
+        values = [execute_strictly(overrides, folder, step) for step in [*pauses, None]]
+        if pauses:
+            Path(f"{folder}.{os.environ['RANK']}.json").write_text(json.dumps(values))
 
 
 if __name__ == "__main__":
