@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from reliability_tools import all_events, assert_same, left
-from several import DRAWN, execute_all, fmexp
+from several import DRAWN, execute_all, fmexp, torchrun
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fmexp.rundir import checkpoint
@@ -134,6 +134,17 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
         assert ended.err.count(message) == 1, ended.err
         assert "fmexp/" not in ended.err.replace("/fmexp/tests", ""), ended.err
         assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("program", ["fmexp.evaluate", "fmexp.predict"])
+def test_what_one_process_does_is_refused_by_one_line(program: str, tmp_path: Path) -> None:
+    ended = torchrun("-m", program, "run", "picture.png", cwd=tmp_path)
+    assert ended.status == 1
+    assert ended.out == ""
+    said = f"{program} is not divided among processes: start it without torchrun.\n"
+    assert ended.err.startswith(said), ended.err
+    assert ended.err.count(said) == 1
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_help_and_version_are_printed_once(tmp_path: Path) -> None:
