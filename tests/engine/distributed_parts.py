@@ -155,7 +155,10 @@ def execute_strictly(overrides: list[str], folder: Path, pause_at: int | None = 
 
 def main() -> None:
     """Execute runs one after another, as each of the processes does: [overrides, folder, steps] in a list of a JSON
-    file. At the steps a run pauses; what is returned there is kept beside its folder, by rank."""
+    file. At the steps a run pauses; what is returned there is kept beside its folder, by rank. With APART in the
+    environment each process believes that the others are on other machines."""
+    if os.environ.get("APART"):
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
     for overrides, folder, pauses in json.loads(Path(sys.argv[1]).read_text()):
         values = [execute_strictly(overrides, folder, step) for step in [*pauses, None]]
         if pauses:

@@ -84,6 +84,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert len(here) > 8
 
 
+def test_processes_of_several_machines_compute_the_bits_of_those_of_one(tmp_path: Path) -> None:
+    for name, environ in (("one", {}), ("several", {"APART": "1"})):
+        ended = execute_all({name: CASES["branches"]}, tmp_path, **environ)
+        assert ended.status == 0, ended.err
+    one, several = weights(tmp_path / "one"), weights(tmp_path / "several")
+    assert all(torch.equal(several[name], value) for name, value in one.items())
+
+
 def test_three_processes_whose_parts_are_uneven(tmp_path: Path) -> None:
     """Of eight images they have three, three and two; of the last batch's one, two processes have none."""
     cases = {name: CASES[name] for name in ("mlp with dropout", "branches", "loaded and augmented")}
