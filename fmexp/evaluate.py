@@ -32,6 +32,7 @@ MAY_DIFFER = (*GROUPS, "stage", "backend", "device", "train.num_workers")
 
 def main() -> None:
     """Evaluate a run again: python -m fmexp.evaluate <run> [overrides]."""
+    process.require_alone("fmexp.evaluate")
     arguments = _parser().parse_args()
     with messages.instead_of_tracebacks():
         folder, metrics = evaluate(arguments.run, arguments.overrides)

@@ -71,8 +71,8 @@ def follow() -> float:
                 given = world.broadcast(None)
                 if given is None:  # another command was quicker
                     return math.nan
-                cfg, state, command = given
-                return _follow(world, cfg, state, stop)
+                cfg, state, command, pause_at = given
+                return _follow(world, cfg, state, stop, pause_at)
             except Exception as error:
                 explained = world.explain(error, command)
                 if not isinstance(explained, FmexpError):
@@ -112,7 +112,7 @@ def _execute(
             run = build(cfg, world=world)
         try:
             if world:
-                world.broadcast((config.frozen(cfg), state, resume_command or "the same call"))
+                world.broadcast((config.frozen(cfg), state, resume_command or "the same call", pause_at))
             execution = _Execution(run, output_dir, tree, stop, resume_command, pause_at)
             return execution.go(state, hydra_files or {})
         except Exception as error:
@@ -124,21 +124,32 @@ def _execute(
             raise raised from error
 
 
-def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None, stop: Stop) -> float:
+def _follow(world: World, cfg: DictConfig, state: dict[str, Any] | None, stop: Stop, pause_at: int | None) -> float:
     run = build(cfg, resumed=state is not None, world=world)
     run.writer = tensorboard.NoWriter()  # type: ignore[assignment]
-    trainer = Trainer(run, stop=stop)
+    trainer = Trainer(run, stop=stop, pause_at=pause_at)
     if state:
         trainer.load_state_dict(state)
     try:
         with run.backend.applied():
             trainer.fit()
+            if trainer.paused:
+                return _value_at_pause(run)
             trainer.finish()
     except DivergedError:
         return math.nan
     finally:
         run.workers.close()
     return run.metrics.get(run.cfg.objective, math.nan)
+
+
+def _value_at_pause(run: Run) -> float:
+    """The objective of a run that has paused, from all of its processes together; NaN where the loss is no number."""
+    run.evaluate_together()
+    if not math.isfinite(run.evaluation.loss):
+        return math.nan
+    known = {"loss": run.evaluation.loss, **run.evaluation.metrics}
+    return known.get(config.rung_metric(config.resolved(run.cfg)).partition("/")[2], math.nan)
 
 
 def _failed(error: Exception, run: Run, output_dir: Path, tree: dict[str, Any], command: str) -> Exception:
@@ -232,12 +243,10 @@ class _Execution:
     def _pause(self) -> float:
         """Evaluate the objective where the last checkpoint was written, and leave no trace of that in the run."""
         run = self.run
-        tag = config.rung_metric(self.tree)
-        known = {"loss": run.evaluation.loss, **run.evaluation.metrics}
-        value = known.get(tag.partition("/")[2], math.nan) if math.isfinite(run.evaluation.loss) else math.nan
+        value = _value_at_pause(run)
         run.seconds += time.monotonic() - self.trainer.started
         run.writer.close()
-        log.info("paused after step %d: %s %.4f", run.step, tag, value)
+        log.info("paused after step %d: %s %.4f", run.step, config.rung_metric(self.tree), value)
         _write_result(run, self.output_dir, self.tree, "paused", lineage=lineage.ended(self.output_dir))
         rungs.write(self.output_dir, run.step, value)  # last: without it the run is evaluated once more
         return value

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch is imported once the arguments are known to be right
 
 def main() -> None:
     """Print what a run's model says of pictures: python -m fmexp.predict <run> <pictures or folders>..."""
+    process.require_alone("fmexp.predict")
     arguments = _parser().parse_args()
     with messages.instead_of_tracebacks():
         sys.exit(_predict(arguments))

@@ -193,6 +193,17 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if told else 1
 
 
+def share_a_machine() -> bool:
+    """Whether all of a run's processes are on this machine, which is Linux."""
+    return sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size())
+
+
+def require_alone(program: str) -> None:
+    """End the program with status 1 where torchrun has started it several times."""
+    if world_size() > 1:  # the others end well, or else torchrun might end the first before it has said why
+        sys.exit(f"{program} is not divided among processes: start it without torchrun." if rank() == 0 else 0)
+
+
 sharers = 1  # processes that share the cores with this one: those of a sweep side by side
 
 

@@ -25,8 +25,11 @@ def fmexp(*overrides: str, cwd: Path, processes: int = 2, **environ: str) -> Fin
     return torchrun("-m", "fmexp", *overrides, cwd=cwd, processes=processes, **environ)
 
 
-def execute_all(cases: dict[str, list[str]], folder: Path, processes: int = 2) -> Finished:
+def execute_all(
+    cases: dict[str, list[str]], folder: Path, processes: int = 2, pauses: tuple[int, ...] = (), **environ: str
+) -> Finished:
     """Execute runs, by their name overrides, one after another in folders of these names, by one start of torchrun."""
     runs = folder / f"{processes}.json"
-    runs.write_text(json.dumps([[[*DRAWN, *overrides], str(folder / name)] for name, overrides in cases.items()]))
-    return torchrun(str(PARTS / "distributed_parts.py"), str(runs), cwd=folder, processes=processes)
+    content = [[[*DRAWN, *overrides], str(folder / name), pauses] for name, overrides in cases.items()]
+    runs.write_text(json.dumps(content))
+    return torchrun(str(PARTS / "distributed_parts.py"), str(runs), cwd=folder, processes=processes, **environ)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +40,8 @@ class DataParallel:
     ) -> None:
         self.world, self.memory_format, self.sync_batchnorm = world, memory_format, sync_batchnorm
         self.model = DistributedDataParallel(model, find_unused_parameters=unused)
+        self.model.broadcast_buffers = False  # as an argument it warns; its follower is unknown to older versions
+        self.buffers = _own_buffers(model, sync_batchnorm)
         self.part = world.part(world.size)
         self.backward = plain_backward(self._logits, loss, precision)  # type: ignore[arg-type]
         rng.set_state(world.broadcast(rng.get_state()))
@@ -49,12 +50,27 @@ class DataParallel:
         self.part = self.world.part(len(labels))
         own = images[self.part.rows] if len(images) == len(labels) else images
         # Times the size, for DistributedDataParallel takes the mean of the gradients, of which the sum is meant.
-        return self.backward(own.to(memory_format=self.memory_format), labels, factor * self.world.size)
+        loss = self.backward(own.to(memory_format=self.memory_format), labels, factor * self.world.size)
+        # By name, for a model may have put others in their places.
+        self.world.share([getattr(module, name) for module, name in self.buffers])
+        return loss
 
     def _logits(self, images: Tensor) -> Tensor:
         with _AsOne(self.world, self.part, self.sync_batchnorm):
             logits = self.model(images)
         return self.world.gather_logits(logits, self.part)
+
+
+def _own_buffers(model: nn.Module, sync_batchnorm: bool) -> list[tuple[nn.Module, str]]:
+    """The buffers that may be others in each process after a step, as a module and a name: all but BatchNorm's, where
+    that has the statistics of the whole batch."""
+    same = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if sync_batchnorm else ()
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if not isinstance(module, same) or name not in ("running_mean", "running_var", "num_batches_tracked")
+    ]
 
 
 class _AsOne(TorchFunctionMode):
@@ -167,8 +183,7 @@ class _BatchNorm(torch.autograd.Function):
         direct, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, weight, of.mean, of.variance, None, None, False, ctx.eps, [True, True, True]
         )
-        sums = torch.stack([by_weight, by_bias])
-        dist.all_reduce(sums)
+        sums = ctx.world.all_gather(torch.stack([by_weight, by_bias])).sum(0)
         # What flows through the mean and the variance is of the form a * normalised + b: the same kernel again.
         scale = (of.variance + ctx.eps).rsqrt() * (1 if weight is None else weight) / of.number
         by_mean = sums * scale

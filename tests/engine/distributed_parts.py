@@ -51,6 +51,23 @@ class Branches(nn.Module):
         return logits
 
 
+class Centred(nn.Module):
+    """A linear layer after a running mean of its own, a new tensor at each batch."""
+
+    mean: Tensor
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.last = nn.Linear(input_shape[1] * input_shape[2], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * images.detach().mean()
+        logits: Tensor = self.last((images - self.mean).flatten(1))
+        return logits
+
+
 class Attends(nn.Module):
     """Attention between the rows of an image, with dropout inside of torch's own function."""
 
@@ -127,19 +144,25 @@ def shrink(run: Run, *, tag: str) -> None:
             parameter.mul_(0.9)
 
 
-def execute_strictly(overrides: list[str], folder: Path) -> None:
+def execute_strictly(overrides: list[str], folder: Path, pause_at: int | None = None) -> float:
     """Execute a run in which every stage's failure is the run's."""
     cfg = compose(overrides)
     for stage in cfg.stage.values():
         with open_dict(stage):
             stage.required = True
-    execute(cfg, folder)
+    return execute(cfg, folder, pause_at=pause_at)
 
 
 def main() -> None:
-    """Execute runs one after another, as each of the processes does: [overrides, folder] in a list of a JSON file."""
-    for overrides, folder in json.loads(Path(sys.argv[1]).read_text()):
-        execute_strictly(overrides, folder)
+    """Execute runs one after another, as each of the processes does: [overrides, folder, steps] in a list of a JSON
+    file. At the steps a run pauses; what is returned there is kept beside its folder, by rank. With APART in the
+    environment each process believes that the others are on other machines."""
+    if os.environ.get("APART"):
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+    for overrides, folder, pauses in json.loads(Path(sys.argv[1]).read_text()):
+        values = [execute_strictly(overrides, folder, step) for step in [*pauses, None]]
+        if pauses:
+            Path(f"{folder}.{os.environ['RANK']}.json").write_text(json.dumps(values))
 
 
 if __name__ == "__main__":

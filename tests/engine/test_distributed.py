@@ -11,6 +11,7 @@ from tools import read_events, scalars, weights
 
 from fmexp import compose
 from fmexp.build import build
+from fmexp.evaluate import evaluate
 
 
 def double(kind: str) -> list[str]:
@@ -32,7 +33,12 @@ CASES = {
     "changing stage": [*LENET, "+stage.shrink={_target_: distributed_parts.shrink, when: log, tag: a, changes: true}"],
 }  # fmt: skip
 UNSYNCED = [*double("branches"), "dataset.train_size=64", "train.compile=true", "train.sync_batchnorm=false"]
-EVALUATED = ["model=lenet", "dataset.image_size=28", "dataset.test_size=1740", "train.max_steps=3"]
+SHARED = ["dataset.test_size=1740", "train.max_steps=3", "train.sync_batchnorm=false", "train.ema=0.9"]
+EVALUATED = {
+    "evaluated": ["model=lenet", "dataset.image_size=28", *SHARED[:2]],
+    "its own statistics": [*double("branches"), *SHARED, "dataset.train_size=64"],
+    "its own buffers": ["model._target_=distributed_parts.Centred", *SHARED],
+}
 
 
 def one_process(overrides: list[str], folder: Path) -> Path:
@@ -63,25 +69,27 @@ def assert_same_but_for_rounding(ours: Path, theirs: Path, name: str) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    ended = execute_all({**CASES, "evaluated": EVALUATED, "not one": UNSYNCED, "one": UNSYNCED[:-1]}, tmp_path)
+    ended = execute_all({**CASES, **EVALUATED, "not one": UNSYNCED, "one": UNSYNCED[:-1]}, tmp_path)
     assert ended.status == 0, ended.err
     for name, overrides in CASES.items():
         assert_same_but_for_rounding(tmp_path / name, one_process(overrides, tmp_path / f"{name}, alone"), name)
     trained = weights(tmp_path / "lenet")
     begun = build(compose([*DRAWN, *LENET])).model.state_dict()
     assert all((begun[name] - value).abs().max() > 1e-4 for name, value in trained.items())
-    assert_evaluated_to_the_bit(tmp_path / "evaluated")
     assert any((weights(tmp_path / "one")[k] - v).abs().max() > 1e-6 for k, v in weights(tmp_path / "not one").items())
+    for name in EVALUATED:
+        said = json.loads((tmp_path / name / "result.json").read_text())["metrics"]
+        _, here = evaluate(tmp_path / name, [])
+        assert {tag: said[tag] for tag in here} == here, name
+        assert len(here) > 8
 
 
-def assert_evaluated_to_the_bit(folder: Path) -> None:
-    """What two processes have written is what one says of the weights that they have written."""
-    run = build(compose([*DRAWN, *EVALUATED]))
-    run.model.load_state_dict(weights(folder))
-    said = json.loads((folder / "result.json").read_text())["metrics"]
-    here = {"loss": run.evaluation.loss, **run.evaluation.metrics}
-    assert {name: said[f"test/{name}"] for name in here} == here
-    assert len(here) > 8
+def test_processes_of_several_machines_compute_the_bits_of_those_of_one(tmp_path: Path) -> None:
+    for name, environ in (("one", {}), ("several", {"APART": "1"})):
+        ended = execute_all({name: CASES["branches"]}, tmp_path, **environ)
+        assert ended.status == 0, ended.err
+    one, several = weights(tmp_path / "one"), weights(tmp_path / "several")
+    assert all(torch.equal(several[name], value) for name, value in one.items())
 
 
 def test_three_processes_whose_parts_are_uneven(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability_tools import all_events, assert_same
-from several import DRAWN, fmexp
+from reliability_tools import all_events, assert_same, left
+from several import DRAWN, execute_all, fmexp, torchrun
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fmexp.rundir import checkpoint
@@ -136,6 +136,17 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
         assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("program", ["fmexp.evaluate", "fmexp.predict"])
+def test_what_one_process_does_is_refused_by_one_line(program: str, tmp_path: Path) -> None:
+    ended = torchrun("-m", program, "run", "picture.png", cwd=tmp_path)
+    assert ended.status == 1
+    assert ended.out == ""
+    said = f"{program} is not divided among processes: start it without torchrun.\n"
+    assert ended.err.startswith(said), ended.err
+    assert ended.err.count(said) == 1
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_help_and_version_are_printed_once(tmp_path: Path) -> None:
     ended = fmexp("--version", cwd=tmp_path)
     assert ended.status == 0, ended.err
@@ -161,3 +172,20 @@ def test_a_run_that_diverges_ends_in_all(tmp_path: Path) -> None:
     assert LOST not in ended.out + ended.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["status"], result["steps"]) == ("diverged", 2)
+
+
+def test_a_run_that_pauses_has_the_bits_of_one_that_does_not(tmp_path: Path) -> None:
+    """Within an epoch, there once more, and at its end; each process evaluates a part of 1040 images."""
+    words = ["model=mlp", "model.dropout=0.1", "train.ema=0.9", "train.epochs=2", "dataset.test_size=1040"]
+    for name, pauses in (("alone", ()), ("paused", (4, 4, 9)), ("again", (4, 9))):
+        ended = execute_all({name: words}, tmp_path, pauses=pauses)
+        assert ended.status == 0, ended.err
+    (tmp_path / "paused" / "rungs.json").rename(tmp_path / "rungs.json")
+    assert_same(tmp_path / "paused", tmp_path / "alone")
+    rungs = json.loads((tmp_path / "rungs.json").read_text())
+    assert rungs == json.loads((tmp_path / "again" / "rungs.json").read_text())
+    recorded = {step: value for step, tag, value in left(tmp_path / "paused")["events"] if tag == "test/accuracy"}
+    assert float(recorded[9]) == pytest.approx(rungs["9"]), "an epoch's end, where the run evaluates, too"
+    first, second = (json.loads((tmp_path / f"again.{rank}.json").read_text()) for rank in (0, 1))
+    objective = json.loads((tmp_path / "again" / "result.json").read_text())["objective"]
+    assert first == second == [*rungs.values(), objective]
