@@ -45,7 +45,7 @@ def build(
     """
     device = backend.find_device(cfg.device)
     if world and device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", process.local_rank())
+        device = torch.device("cuda", process.local_rank() % torch.cuda.device_count())  # Slurm may show each its own
     processes = world.size if world else 1
     if cfg.train.batch_size < processes:
         raise ConfigError(

@@ -1,10 +1,7 @@
 """The entry point: Hydra composes and checks the configuration; only then is torch imported and the run executed."""
 
-import logging
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -107,9 +104,7 @@ def run(cfg: DictConfig) -> float:
 
 def follow() -> None:
     """In another process of a run than the first: compute, and say nothing that the first one says."""
-    logging.disable()
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins: Python's own waits for the other process
+    process.silence()
     with messages.instead_of_tracebacks():
         from fmexp import execution
 

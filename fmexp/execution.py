@@ -39,6 +39,7 @@ def execute(
     hydra_files: Mapping[str, DictConfig | ListConfig] | None = None,
     resume_command: str = "",
     pause_at: int | None = None,
+    wait: bool = False,
 ) -> float:
     """Execute the run of a composed configuration in a folder, or go on with it; its objective, or NaN if it diverged.
 
@@ -49,6 +50,7 @@ def execute(
         resume_command: what to type to go on, printed when a signal stops the run.
         pause_at: after so many batches, or at once if it has done more, evaluate the objective, keep it in rungs.json
             and return it. The next call goes on, and the run's bits are those of one that has not paused.
+        wait: while another process is running in the folder, wait: then its result is taken, or its checkpoint.
 
     Raises:
         ConfigError, DataError: the run cannot begin; the folder is as it was.
@@ -57,7 +59,7 @@ def execute(
     if process.rank():
         return follow()
     with distributed.lead() as world:
-        return _execute(cfg, output_dir, hydra_files, resume_command, pause_at, world)
+        return _execute(cfg, output_dir, hydra_files, resume_command, pause_at, wait, world)
 
 
 def follow() -> float:
@@ -84,7 +86,7 @@ def follow() -> float:
 
 def _execute(
     cfg: DictConfig, output_dir: str | Path, hydra_files: Mapping[str, DictConfig | ListConfig] | None,
-    resume_command: str, pause_at: int | None, world: World | None,
+    resume_command: str, pause_at: int | None, wait: bool, world: World | None,
 ) -> float:  # fmt: skip
     config.check(cfg)
     tree = config.resolved(cfg)
@@ -97,7 +99,8 @@ def _execute(
     run = build(cfg, resumed=resumed, world=world)
     if world:  # before signals are but noted: an end of another process while it joins would not be seen
         world.join()
-    with layout.lock(output_dir), _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
+    lock = layout.lock(output_dir, wait=wait)
+    with lock, _log_file(output_dir / "fmexp.log"), tensorboard.silent_writer(), Stop() as stop:
         layout.check_identity(output_dir, tree, resume=cfg.resume)  # again, for another process may have been here
         if (objective := _finished(output_dir, tree, pause_at)) is not None:
             if world:

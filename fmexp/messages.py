@@ -56,7 +56,8 @@ def message(error: Exception) -> str:
     if isinstance(error, CompactHydraException) and isinstance(cause, OmegaConfBaseException):
         where, _, hint = str(error).removesuffix(str(cause)).strip().partition("\n")
         part, name = _key(cause)
-        if part in config.closed() or (part.startswith("stage.") and name == "on"):
+        closed = (*config.closed(), "hydra.launcher", "hydra.sweeper")
+        if part in closed or (part.startswith("stage.") and name == "on"):
             hint = ""  # Hydra's "To append to your config use +" is no way to a key that is not in the schema
         return "\n".join(filter(None, (where, of_config(cause), hint)))
     if isinstance(error, CompactHydraException):

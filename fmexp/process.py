@@ -6,12 +6,14 @@ Stopping is in good order: a signal is noted, the run finishes its batch and sav
 import atexit
 import gc
 import io
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -177,6 +179,13 @@ def resume_gc() -> None:
         gc.enable()
 
 
+def silence() -> None:
+    """In another process of a run than the first: say nothing that the first one says."""
+    logging.disable()
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run begins: Python's own waits for the other process
+
+
 def rank() -> int:
     """Which of a run's processes this is, from 0, as torchrun says."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
@@ -207,8 +216,13 @@ def require_alone(program: str) -> None:
 sharers = 1  # processes that share the cores with this one: those of a sweep side by side
 
 
+own_cores = 0  # that are this process's alone, where Slurm says so; 0: the system is asked
+
+
 def available_cores() -> int:
     """How many cores this process may use; macOS does not say, and there it is how many there are."""
+    if own_cores:
+        return own_cores
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
     return max(1, cores // (sharers * ranks))

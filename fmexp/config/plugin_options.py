@@ -21,12 +21,15 @@ PACKAGE = "hydra_plugins.fmexp"
 @dataclass
 class LocalLauncher:
     _target_: str = f"{PACKAGE}.Launcher"
-    # how many members at once, each in a process of its own; 1: in this process; -1: as many as there are cores
+    # how many members at once, each in a process of its own; 1: in this process; -1: as many as there are cores for
     n_jobs: int = limited(1, least=1, word=-1)
+    processes: int = limited(1, least=1)  # how many train each member together, as torchrun does with a single run
 
 
 SLURM = {
     "timeout_min": 60,  # of one job; a member that needs longer takes several
+    "nodes": 1,
+    "tasks_per_node": 1,  # nodes * tasks_per_node processes train each member together
     "cpus_per_task": 1,
     "slurm_partition": None,
     "slurm_array_parallelism": 256,
@@ -95,8 +98,9 @@ def checked(group: str, hydra: DictConfig) -> Any:
                 raise ConfigError(no_key(key, name, OmegaConf.masked_copy(node, known)))
         check_limits(node, key)
         for name, value in (node.get("slurm") or {}).items():
-            if isinstance(SLURM.get(name), int) and (type(value) is not int or value < 0):
-                raise ConfigError(f"{key}.slurm.{name}={value} must be a whole number, at least 0.")
+            least = 1 if name in ("nodes", "tasks_per_node") else 0
+            if isinstance(SLURM.get(name), int) and (type(value) is not int or value < least):
+                raise ConfigError(f"{key}.slurm.{name}={value} must be a whole number, at least {least}.")
         OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     for name in {"sampler", "pruner"} & node.keys():
         check_target(f"{key}.{name}", node[name])

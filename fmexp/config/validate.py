@@ -131,6 +131,11 @@ def no_key(part: str, name: str, node: DictConfig) -> str:
     """The message for a key that a part of the configuration, `node`, does not have: what was meant, what there is."""
     if part.startswith("stage.") and name in ("on", "True"):
         return _renamed(part)
+    if (part, name) == ("hydra.launcher", "processes"):
+        return (
+            "hydra.launcher.processes is for one machine. With hydra/launcher=slurm write "
+            "hydra.launcher.slurm.tasks_per_node, and hydra.launcher.slurm.nodes for several machines."
+        )
     names = closed().get(part) or [str(other) for other in node if other not in ("_target_", "_recursive_", "hydra")]
     groups = [other for other in names if not part and (conf_dir() / other).is_dir()]
     groups += [] if part else ["experiment"]  # of which nothing remains in the configuration

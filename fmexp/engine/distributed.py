@@ -6,6 +6,7 @@ same random state and the same evaluations at every moment. What a step is: `fme
 
 import itertools
 import json
+import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # its __init__ has no list
+from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]  # no list in __init__
 
 from fmexp import process
 from fmexp.errors import FmexpError, first_line
@@ -33,7 +34,7 @@ _number = itertools.count()
 
 
 class LostError(FmexpError):
-    """Another process of the run has ended, and has not said why."""
+    """Another process of the run has ended, and has not said why, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -255,16 +256,32 @@ def lead() -> Iterator[World | None]:
 
 @contextmanager
 def follow() -> Iterator[World | None]:
-    """In another process: wait until the first one has joined the others; None where it has nothing to run."""
-    world = World()
+    """In another process: wait until the first one has joined the others; None where it has nothing to run.
+
+    Raises:
+        LostError: the first one cannot be reached.
+    """
     try:
-        if world.store.get("begin") == b"run":
+        world = World()
+        if begun := world.store.get("begin") == b"run":
             world.join()
-            yield world
-        else:
-            yield None
+    except (RuntimeError, EOFError, OSError) as error:  # DistError is the first
+        raise LostError(f"The first process of this run cannot be reached: {first_line(error)}") from error
+    try:
+        yield world if begun else None
     finally:
         world.leave()
+
+
+@contextmanager
+def listen(at: socket.socket) -> Iterator[None]:
+    """In the first process, where MASTER_PORT is that of a socket: let the others meet there, within the block."""
+    host, port = at.getsockname()
+    store = TCPStore(
+        host, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=at.detach()
+    )  # World takes the same
+    yield
+    del store
 
 
 def dismiss() -> None:

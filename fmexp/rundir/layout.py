@@ -32,8 +32,11 @@ class LockedError(ConfigError):
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Make the folder and hold it for this process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        wait: while another process holds it, wait.
 
     Raises:
         LockedError: another process holds it.
@@ -42,7 +45,7 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK, timeout=0.5)  # is_held takes it for a moment
-        lock.acquire()
+        lock.acquire(timeout=-1 if wait else None)
     except filelock.Timeout:
         raise LockedError(
             f"{folder}: {owner(folder)} is running in this folder. Wait for it, or name another folder."

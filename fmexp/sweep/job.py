@@ -30,6 +30,8 @@ from fmexp.rundir.atomic import disk_full
 
 log = logging.getLogger(__name__)
 
+ONE_KILLED = "one of its processes was killed, or ran out of memory"
+
 
 @dataclass
 class Job:
@@ -100,13 +102,31 @@ def run(job: Job, *, console: bool = False) -> None:
     HydraConfig.instance().set_config(job.cfg)  # for code of one's own that asks Hydra where it is
     try:
         with env_override(environment):  # as it was for the next member in this process
-            while True:
-                while layout.is_locked(job.folder):
-                    time.sleep(0.2)
-                with suppress(layout.LockedError):
-                    return _run(job)
+            while layout.is_locked(job.folder):  # execute waits, too, but with the data in memory
+                time.sleep(0.2)
+            _run(job)
     finally:
         HydraConfig.instance().cfg = outer
+
+
+def follow() -> None:
+    """In another process of a member's run than the first: compute with it. What goes wrong there, the first one says.
+
+    Raises:
+        LostError: it could not begin; the first process may wait for it.
+    """
+    process.silence()
+    from fmexp import execution
+    from fmexp.engine.distributed import LostError
+
+    process.resume_gc()
+    try:
+        execution.follow()
+    except (Exception, SystemExit) as left:
+        if isinstance(left, LostError):
+            raise
+        if isinstance(left, Exception):  # of which the first process has the first line alone
+            traceback.print_exc()
 
 
 def _run(job: Job) -> None:
@@ -117,12 +137,16 @@ def _run(job: Job) -> None:
     }
     try:
         with block_signals():  # a signal's exception in the midst of torch's import aborts the process
+            from fmexp.engine.distributed import LostError
             from fmexp.execution import execute
 
         process.resume_gc()
-        execute(job.run_cfg, job.folder, hydra_files=files, resume_command=job.resume_command, pause_at=job.pause_at)
-    except layout.LockedError:
-        raise  # who holds the folder writes what comes of it
+        execute(
+            job.run_cfg, job.folder, hydra_files=files, resume_command=job.resume_command, pause_at=job.pause_at,
+            wait=True,
+        )  # fmt: skip
+    except LostError:
+        fail(job, ONE_KILLED)
     except Exception as error:
         if full := disk_full(error):
             raise full from None  # what is to come could not be written either

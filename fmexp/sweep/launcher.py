@@ -50,7 +50,8 @@ class Launcher(HydraLauncher):
         self.slurm: DictConfig | None = options.get("slurm")
         # How many members are executed at the same time; Slurm itself may be told 0.
         at_once = options.n_jobs if self.slurm is None else max(1, self.slurm.get("slurm_array_parallelism", 1))
-        self.at_once: int = available_cores() if at_once == -1 else at_once
+        self.processes: int = options.get("processes", 1)  # of each member, on this machine
+        self.at_once: int = max(1, available_cores() // self.processes) if at_once == -1 else at_once
 
     @contextmanager
     def reporting(self, total: int) -> Iterator[Progress]:
@@ -104,6 +105,8 @@ class Launcher(HydraLauncher):
         todo = [job for job in jobs if job.action != "skip"]
         workers = min(self.at_once, len(todo))
         executor = None if self.slurm is None else slurm.executor(root, self.slurm)
+        if self.root is None and self.processes > 1 and (count := workers * self.processes) > available_cores():
+            log.warning("%d processes at the same time share %d cores", count, available_cores())
         root.mkdir(parents=True, exist_ok=True)
         atomic.remove_leftovers(root, age_s=3600)  # a second sweep may be writing here
         atomic.atomic_write(root / "multirun.yaml", OmegaConf.to_yaml(self.config))
@@ -116,8 +119,8 @@ class Launcher(HydraLauncher):
         fail_fast = bool(self.config.sweep.fail_fast)
         if executor is not None:
             slurm.run(root, todo, executor, self.progress, fail_fast=fail_fast)
-        elif workers > 1:
-            processes.run(todo, workers, self.progress, fail_fast=fail_fast)
+        elif max(workers, self.processes) > 1:
+            processes.run(todo, workers, self.progress, processes=self.processes, fail_fast=fail_fast)
         else:
             self._one_after_another(todo, self.progress, fail_fast=fail_fast)
 

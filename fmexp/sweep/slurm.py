@@ -1,10 +1,11 @@
-"""Members as jobs of Slurm, through submitit."""
+"""Members as jobs of Slurm, through submitit, of one task or of several, which train the run together."""
 
 import json
 import logging
 import os
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from fmexp import process
 from fmexp.errors import ConfigError, FmexpError
 from fmexp.rundir import atomic, bounded, results
-from fmexp.sweep.job import Job, ended_by_signals, fail, prepare_data
+from fmexp.sweep.job import Job, ended_by_signals, fail, follow, prepare_data
 from fmexp.sweep.job import run as run_job
 from fmexp.sweep.progress import Progress
 
@@ -43,6 +44,11 @@ def executor(root: Path, options: DictConfig) -> Any:
     if (asked := _ask()).returncode != 0:
         raise ConfigError(f"hydra/launcher=slurm: Slurm does not answer ({asked.stderr.strip()}). {_WAY}")
     parameters: Any = OmegaConf.to_container(options, resolve=True)
+    tasks = parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
+    if tasks > 1 and parameters.get("slurm_use_srun") is False:
+        raise ConfigError("hydra.launcher.slurm.slurm_use_srun=false starts one task: leave nodes and tasks at 1.")
+    # A task that dies ends the others, which may wait for it.
+    parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *(parameters.get("slurm_srun_args") or [])]
     first = {key: parameters.pop(key) for key in {"slurm_max_num_timeout"} & parameters.keys()}  # submitit's order
     try:
         made = submitit.AutoExecutor(root / FOLDER / "%j", "slurm", **first)
@@ -105,8 +111,20 @@ class SlurmJob:
     """What submitit calls in a job, and puts back into the queue as it is when Slurm warns of the job's end."""
 
     def __call__(self, job: Job) -> None:
+        import submitit
+
         os.environ["TQDM_DISABLE"] = "1"
+        tasks = submitit.JobEnvironment().num_tasks
+        if tasks > 1:
+            # It would set CUDA_VISIBLE_DEVICES to the task's number, whichever GPUs Slurm has given to the job.
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            process.own_cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+            os.environ.setdefault("OMP_NUM_THREADS", str(process.own_cores))
+        if process.rank():
+            return follow()
         run_job(job, console=True)
+        if tasks > 1 and results.status(job.folder) == "failed":
+            sys.exit(1)  # so that Slurm ends the others, which wait where the run has not begun
 
     def checkpoint(self, *arguments: Any) -> Any:
         import submitit

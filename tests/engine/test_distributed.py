@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_parts import execute_strictly
+from program import environment, finish, start, until
 from several import DRAWN, execute_all
 from tools import read_events, scalars, weights
+from torch.distributed import TCPStore
 
 from fmexp import compose
 from fmexp.build import build
@@ -103,3 +105,16 @@ def test_three_processes_whose_parts_are_uneven(tmp_path: Path) -> None:
     for name, overrides in cases.items():
         assert_same_but_for_rounding(tmp_path / name, one_process(overrides, tmp_path / f"{name}, alone"), name)
     assert_same_but_for_rounding(tmp_path / "three", tmp_path / "two", "random numbers of a map-style dataset")
+
+
+def test_a_first_process_that_goes_before_the_run_begins_is_told_of_in_words(tmp_path: Path) -> None:
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    before, port = stores[0].num_keys(), stores[0].port
+    where = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    follower = start(cwd=tmp_path, env=environment(**where))
+    until(lambda: stores[0].num_keys() > before, "the other process")
+    stores.clear()
+    ended = finish(follower)
+    assert ended.status == 1
+    assert "The first process of this run cannot be reached: " in ended.err
+    assert "Traceback" not in ended.err

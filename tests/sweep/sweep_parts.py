@@ -45,7 +45,7 @@ class Model(nn.Module):
                 raise ValueError(f"the model {self.tag} does not want to be trained")
             gate = os.environ.get(GATE)
             if gate and self.batches > 5 and not Path(gate, "open").exists():
-                Path(gate, f"{self.tag}.{os.getpid()}").touch()
+                Path(gate, f"{self.tag}.{os.getpid()}").write_text(os.environ.get("RANK", "0"))
                 time.sleep(0.5)
                 while Path(gate, f"hold-{self.tag}").exists():
                     time.sleep(0.05)

@@ -98,6 +98,11 @@ class Gate:
     def open(self) -> None:
         (self.folder / "open").touch()
 
+    def forget(self) -> None:
+        """Close it again, for another sweep."""
+        for path in self.folder.iterdir():
+            path.unlink()
+
     def waiting(self) -> dict[str, int]:
         """Which tags are held up, and in which process."""
         return {path.name.split(".")[0]: int(path.suffix[1:]) for path in self.folder.glob("*.*")}

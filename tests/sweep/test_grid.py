@@ -322,6 +322,11 @@ def test_recipes_carry_their_sweep(name: str, tmp_path: Path) -> None:
     assert len(fewer.out.splitlines()) == len(rows) // 2 + 3
 
 
+NOT_OF_SLURM = (
+    "hydra.launcher.processes is for one machine. With hydra/launcher=slurm write hydra.launcher.slurm.tasks_per_node"
+)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     {
@@ -336,6 +341,13 @@ def test_recipes_carry_their_sweep(name: str, tmp_path: Path) -> None:
         "jobs abc": ("hydra.launcher.n_jobs=abc", "hydra.launcher.n_jobs=abc must be a whole number"),
         "jobs 1.5": ("hydra.launcher.n_jobs=1.5", "hydra.launcher.n_jobs=1.5 must be a whole number"),
         "jobs null": ("hydra.launcher.n_jobs=null", "hydra.launcher.n_jobs must not be null"),
+        "processes 0": ("hydra.launcher.processes=0", "hydra.launcher.processes=0 must be at least 1."),
+        "tasks 0": ("hydra/launcher=slurm hydra.launcher.slurm.tasks_per_node=0",
+                    "hydra.launcher.slurm.tasks_per_node=0 must be a whole number, at least 1."),
+        "nodes 0": ("hydra/launcher=slurm hydra.launcher.slurm.nodes=0",
+                    "hydra.launcher.slurm.nodes=0 must be a whole number, at least 1."),
+        "processes of Slurm": ("hydra/launcher=slurm hydra.launcher.processes=2", NOT_OF_SLURM),
+        "more processes of Slurm": ("hydra/launcher=slurm +hydra.launcher.processes=2", NOT_OF_SLURM),
         "batch 0": ("hydra.sweeper.max_batch_size=0", "hydra.sweeper.max_batch_size=0 must be at least 1"),
         "batch -5": ("hydra.sweeper.max_batch_size=-5", "hydra.sweeper.max_batch_size=-5 must be at least 1"),
         "batch abc": ("hydra.sweeper.max_batch_size=abc", "hydra.sweeper.max_batch_size=abc must be a whole number"),
@@ -352,6 +364,7 @@ def test_a_grid_of_nonsense_is_refused_in_words(words: str, message: str, tmp_pa
     assert done.status == 1
     assert message in done.err
     assert "Traceback" not in done.err
+    assert "To append" not in done.err, "Hydra's way is none, for no other key is read"
     assert not list(tmp_path.iterdir())
 
 
@@ -424,6 +437,11 @@ def test_a_full_disk_ends_a_sweep_in_words_and_it_goes_on(
             "Slurm does not answer (no route)",
         ),
         ({"sbatch": "", "srun": "", "squeue": ""}, "+hydra.launcher.slurm.colour=red", "hydra.launcher.slurm: "),
+        (
+            {"sbatch": "", "srun": "", "squeue": ""},
+            "+hydra.launcher.slurm.slurm_use_srun=false hydra.launcher.slurm.nodes=2",
+            "hydra.launcher.slurm.slurm_use_srun=false starts one task: leave nodes and tasks at 1.",
+        ),
     ],
 )
 def test_slurm_that_is_not_there_is_said_in_words(
@@ -433,7 +451,8 @@ def test_slurm_that_is_not_there_is_said_in_words(
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    done = program.call("-m", *SMALL, word, "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}/s", cwd=tmp_path)
+    words = (*SMALL, *word.split(), "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}/s")
+    done = program.call("-m", *words, cwd=tmp_path)
     assert done.status == 1
     assert message in done.err
     assert "Traceback" not in done.err

@@ -378,7 +378,7 @@ REFUSED = {
                  "hydra.sweeper.brackets=5 must be at most 3, for there are 3 members and 2 rungs (at 4, 12 of 30 "
                  "batches)."),
     "rungs": ("hydra.sweeper.brackets=3 hydra.sweeper.min_steps=10", "hydra.sweeper.brackets=3 must be at most 2"),
-    "running loss": ("objective=train/loss", "objective=train/loss is not measured at a rung of hydra/sweeper=halving"),
+    "running loss": ("objective=train/loss", "objective=train/loss is not measured where members of hydra/sweeper=halving pause"),
     "objectives": ("objective=val/loss,val/f1", "objective=val/f1,val/loss: the members are compared by one"),
     "no interval": ("hydra.sweeper.n_trials=5", "hydra.sweeper.n_trials=5 draws from intervals, and there is none"),
     "no count": ("optimizer.lr=interval(1e-4,1e-1)",
@@ -387,7 +387,7 @@ REFUSED = {
     "log of 0": ("optimizer.lr=tag(log,interval(0.0,1.0)) hydra.sweeper.n_trials=3",
                  "optimizer.lr=tag(log,interval(0.0,1.0)) cannot be drawn from: an interval is from above 0 to a "),
     "turned": ("optimizer.lr=interval(1.0,0.5) hydra.sweeper.n_trials=3", "optimizer.lr=interval(1.0,0.5) cannot be "),
-    "no resume": ("resume=false", "resume=false: the members of hydra/sweeper=halving go on from rung to rung."),
+    "no resume": ("resume=false", "resume=false: with hydra/sweeper=halving members pause and go on."),
     "a key of none": ("+hydra.sweeper.rungs=2", "There is no key hydra.sweeper.rungs."),
     "trials of a search": ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 must be at least 1"),
 }  # fmt: skip

@@ -41,12 +41,12 @@ def test_halving_decides_as_on_this_machine(tmp_path: Path) -> None:
     assert (there / best / "model.pt").read_bytes() == (here / best / "model.pt").read_bytes()
 
 
-def put_back_at_once(job: str, gate: Gate, tag: str, started: Sweep) -> None:
-    """Wait for a requeued job to run again, without the two minutes that Slurm lets pass before."""
+def put_back_at_once(job: str, gate: Gate, tag: str, started: Sweep, tasks: int = 1) -> None:
+    """Wait for a requeued job of so many tasks to run again, without the two minutes that Slurm lets pass before."""
 
     def runs_again() -> bool:
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, check=False)
-        return len(list(gate.folder.glob(f"{tag}.*"))) == 2
+        return len(list(gate.folder.glob(f"{tag}.*"))) == 2 * tasks
 
     until(runs_again, f"job {job} to run again", started)
 
