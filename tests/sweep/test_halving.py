@@ -378,7 +378,7 @@ REFUSED = {
                  "hydra.sweeper.brackets=5 must be at most 3, for there are 3 members and 2 rungs (at 4, 12 of 30 "
                  "batches)."),
     "rungs": ("hydra.sweeper.brackets=3 hydra.sweeper.min_steps=10", "hydra.sweeper.brackets=3 must be at most 2"),
-    "running loss": ("objective=train/loss", "objective=train/loss is not measured where members of hydra/sweeper=halving pause"),
+    "running loss": ("objective=train/loss", "objective=train/loss is not measured where members"),
     "objectives": ("objective=val/loss,val/f1", "objective=val/f1,val/loss: the members are compared by one"),
     "no interval": ("hydra.sweeper.n_trials=5", "hydra.sweeper.n_trials=5 draws from intervals, and there is none"),
     "no count": ("optimizer.lr=interval(1e-4,1e-1)",
