@@ -110,7 +110,8 @@ def _execute(
         if state:  # .hydra/, which check_identity reads, may have been removed
             layout.check_same(output_dir, state["config"], tree)
             if config.is_longer(state["config"], tree):
-                longer.check(run, output_dir, state)
+                epochs, compiled = state["config"]["train"]["epochs"], state["backend"]["compiled"]
+                longer.check(run, output_dir, epochs, step=state["step"], position=state["position"], compiled=compiled)
         elif resumed:  # another process has removed its checkpoint
             run = build(cfg, world=world)
         try:

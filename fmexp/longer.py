@@ -14,16 +14,19 @@ from fmexp.rundir import checkpoint, hparams, tensorboard
 log = logging.getLogger(__name__)
 
 
-def check(run: Run, output_dir: Path, state: dict[str, Any]) -> None:
-    """Raise ConfigError where the run would have been another one up to its checkpoint's state, too."""
-    epochs, done = state["config"]["train"]["epochs"], state["step"]
+def check(run: Run, output_dir: Path, epochs: int, *, step: int, position: int, compiled: bool) -> None:
+    """Raise ConfigError where a run of `epochs` that has come so far would have been another one with the run's.
+
+    Args:
+        compiled: whether its step is.
+    """
     before, now = (total_steps(run.cfg, run.dataset, epochs=count) for count in (epochs, None))
     changed = f"{output_dir} cannot go on with train.epochs={run.cfg.train.epochs} in place of {epochs}, for"
-    if state["position"] != done % steps_per_epoch(run.cfg, run.dataset):
+    if position != step % steps_per_epoch(run.cfg, run.dataset):
         refuse(f"{changed} train.max_steps={run.cfg.train.max_steps} has ended it within an epoch.", output_dir)
-    if run.backend.compiled and not state["backend"]["compiled"] and before < backend.MANY_BATCHES <= now:
+    if run.backend.compiled and not compiled and before < backend.MANY_BATCHES <= now:
         refuse(f"{changed} train.compile=auto compiles the step of a run of so many batches.", output_dir)
-    if any(run.schedule(step, before) != run.schedule(step, now) for step in range(done)):
+    if any(run.schedule(done, before) != run.schedule(done, now) for done in range(step)):
         schedule = target(run.cfg.schedule)
         refuse(f"{changed} the learning rate of schedule={schedule} follows the length of the run.", output_dir)
 

@@ -69,7 +69,7 @@ def _own_buffers(model: nn.Module, sync_batchnorm: bool) -> list[tuple[nn.Module
         (module, name)
         for module in model.modules()
         for name, _ in module.named_buffers(recurse=False)
-        if not isinstance(module, same) or name not in ("running_mean", "running_var", "num_batches_tracked")
+        if type(module) not in same or name not in ("running_mean", "running_var", "num_batches_tracked")
     ]
 
 

@@ -27,7 +27,9 @@ from fmexp.process import Stop
 
 # How long one process waits for another, as for a stage of the first one: a process that ends is noticed at once.
 PATIENCE = timedelta(days=7)
-SMALL = 2**16  # bytes of a process's message up to which sockets are quicker than gloo (measured), by 2 to 20 times
+SMALL = (
+    2**17
+)  # bytes of all processes' messages together, up to which sockets are quicker than gloo (measured, by 2 to 20 times)
 
 
 _number = itertools.count()
@@ -83,15 +85,16 @@ class World:
     def _connect(self) -> None:
         """Sockets for small messages: one takes 50 us by them, and 300 to 1600 by gloo, where threads wait for threads
         of other processes. Their address is no file, so that nothing is left of it."""
-        if self.rank == 0:
-            name = f"\0fmexp {uuid.uuid4()}"
-            with Listener(name, "AF_UNIX", backlog=self.size) as listener:
-                self.store.set("lines", name)
-                lines = [listener.accept() for _ in range(1, self.size)]
-            self.lines = [line for _, line in sorted((line.recv_bytes(), line) for line in lines)]
-        else:
-            self.lines = [Client(self.store.get("lines").decode(), "AF_UNIX")]
-            self.lines[0].send_bytes(self.rank.to_bytes(4, "big"))
+        with _as_lost():
+            if self.rank == 0:
+                name = f"\0fmexp {uuid.uuid4()}"
+                with Listener(name, "AF_UNIX", backlog=self.size) as listener:
+                    self.store.set("lines", name)
+                    lines = [listener.accept() for _ in range(1, self.size)]
+                self.lines = [line for _, line in sorted((line.recv_bytes(), line) for line in lines)]
+            else:
+                self.lines = [Client(self.store.get("lines").decode(), "AF_UNIX")]
+                self.lines[0].send_bytes(self.rank.to_bytes(4, "big"))
 
     def leave(self) -> None:
         """Let go of the others; where this is the first and they have never begun, they never will."""
@@ -126,24 +129,25 @@ class World:
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, of one shape, one after another: [size, ...]."""
         parts = tensor.new_empty(self.size, *tensor.shape)
-        if not self.lines or tensor.device.type != "cpu" or tensor.nbytes > SMALL:
+        if not self.lines or tensor.device.type != "cpu" or parts.nbytes > SMALL:
             dist.all_gather(list(parts), tensor.contiguous())
             return parts
         parts[self.rank] = tensor
         # Gathered by the first process, which gives it to the others.
         whole = memoryview(parts.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer since 1.0
         each = len(whole) // self.size
-        try:
+        with _as_lost():
             if self.rank:
                 self.lines[0].send_bytes(whole[self.rank * each :][:each])
-                self.lines[0].recv_bytes_into(whole)
+                received = self.lines[0].recv_bytes_into(whole)
             else:
-                for rank, line in enumerate(self.lines, 1):
-                    line.recv_bytes_into(whole[rank * each :][:each])
+                received = each + sum(
+                    line.recv_bytes_into(whole[rank * each :][:each]) for rank, line in enumerate(self.lines, 1)
+                )
                 for line in self.lines:
                     line.send_bytes(whole)
-        except (EOFError, OSError) as error:
-            raise dist.DistNetworkError(f"the connection to another process is gone: {error}") from error
+        if received != len(whole):
+            raise RuntimeError(f"a message of {received} bytes came in place of {len(whole)}")
         return parts
 
     @torch.no_grad()
@@ -235,6 +239,15 @@ def _is_lost(error: Exception) -> bool:
 
 
 @contextmanager
+def _as_lost() -> Iterator[None]:
+    """Raise for a socket that is closed what torch raises for its own."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise dist.DistNetworkError(f"the connection to another process is gone: {error}") from error
+
+
+@contextmanager
 def lead() -> Iterator[World | None]:
     """In the first process: the others wait until it has begun a run within the block, or left it; None: it is alone.
 
@@ -248,8 +261,10 @@ def lead() -> Iterator[World | None]:
     try:
         yield world
     except Exception as error:
-        world.explain(error, "")  # so that the others end without a word
-        raise
+        explained = world.explain(error, "the same call")  # so that the others end without a word
+        if explained is error:
+            raise
+        raise explained from error
     finally:
         world.leave()
 
@@ -265,7 +280,7 @@ def follow() -> Iterator[World | None]:
         world = World()
         if begun := world.store.get("begin") == b"run":
             world.join()
-    except (RuntimeError, EOFError, OSError) as error:  # DistError is the first
+    except RuntimeError as error:  # DistError is one
         raise LostError(f"The first process of this run cannot be reached: {first_line(error)}") from error
     try:
         yield world if begun else None

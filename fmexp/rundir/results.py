@@ -137,9 +137,9 @@ def read_complete(folder_of_run: str | Path) -> Result:
         "diverged": "it diverged. Train again in another folder; a smaller optimizer.lr is the usual cure.",
         "failed": f"it failed: {run.error}\nIts fmexp.log has more. The command that began it tries again with "
         "hydra.run.dir=<this folder>.",
-        "paused": "it waits for the other members of its halving sweep. The sweep's command goes on with it.",
-        "pruned": "its halving sweep gave it up. The sweep's command goes on with it, with "
-        "hydra.sweeper.resume_pruned=true.",
+        "paused": "it was to be compared with other members of its sweep. The sweep's command goes on with it.",
+        "pruned": "its sweep gave it up. A plain sweep over the sweep's folder goes on with it, or, with "
+        "hydra/sweeper=halving, hydra.sweeper.resume_pruned=true.",
         "complete": f"{layout.WEIGHTS} is gone. Copy it back, or train again in another folder.",
     }
     if run.status != "complete" or not (run.folder / layout.WEIGHTS).exists():

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from fmexp import config
 from fmexp.errors import ConfigError
 from fmexp.process import block_signals
-from fmexp.rundir import layout, results
+from fmexp.rundir import atomic, layout, results
 from fmexp.sweep.job import Job
 from fmexp.sweep.members import member_folders
 
@@ -28,18 +28,16 @@ def shorter(root: Path, jobs: Sequence[Job]) -> list[Job]:
     for path in member_folders(root) if new else ():
         try:
             held = layout.read_config(path)
-            job, epochs = new[_but_epochs(held)], held["train"]["epochs"]
-        except (
-            Exception
-        ):  # another member, or whatever a damaged file makes a reader raise, of which the plan has said so
+            job, epochs = new[_but_epochs(held)], int(held["train"]["epochs"])
+        except Exception:  # another member, or whatever a damaged file makes a reader raise: the plan has said so
             continue
         status, best = results.status(path), found.get(job.number, (0,))[0]
         ended = status == "complete" and not (path / layout.CHECKPOINT).exists()
         if path in taken or ended or not best < epochs <= job.tree["train"]["epochs"]:
             continue
-        key = str([epochs, job.tree["dataset"], job.tree["schedule"], job.tree["train"]])
+        key = _alike(job.tree, epochs)
         if key not in allowed:
-            allowed[key] = _allowed(job, path, held)
+            allowed[key] = _allowed(job, path, epochs)
         if allowed[key]:
             todo = "skip" if status == "diverged" else "resume"
             found[job.number] = epochs, replace(job, folder=path, action=todo)
@@ -52,7 +50,8 @@ def lengthen(job: Job) -> None:
     Raises:
         LockedError: the shorter one is running there.
     """
-    with layout.lock(job.folder):
+    with layout.lock(job.folder, wait=True):
+        atomic.remove_leftovers(job.folder / ".hydra")
         result = layout.read_result(job.folder)
         layout.write_config(job.folder, job.tree, {"overrides.yaml": OmegaConf.create(job.overrides)})
         if result:  # last: until then its digest is the old one
@@ -65,8 +64,16 @@ def _but_epochs(tree: dict[str, Any]) -> str:
     return config.digest({**tree, "train": {**tree["train"], "epochs": None}})
 
 
-def _allowed(job: Job, path: Path, held: dict[str, Any]) -> bool:
-    """Whether all steps of the shorter run are those of the longer one; of many members one speaks for all."""
+def _alike(tree: dict[str, Any], epochs: int) -> str:
+    """What decides whether a run of so many epochs can become that of `tree`: of members that are alike one speaks for
+    all. A schedule of one's own may take the optimizer's rate."""
+    own = not str(tree["schedule"].get("_target_")).startswith("fmexp.")
+    parts = ("dataset", "model", "schedule", "train", "backend", *(["optimizer"] if own else []))
+    return str([epochs, *(tree.get(part) for part in parts)])
+
+
+def _allowed(job: Job, path: Path, epochs: int) -> bool:
+    """Whether all steps of the shorter run are those of the longer one."""
     with block_signals():  # a signal's exception in the midst of torch's import aborts the process
         from fmexp import longer
         from fmexp.build import build
@@ -74,8 +81,8 @@ def _allowed(job: Job, path: Path, held: dict[str, Any]) -> bool:
 
     try:
         run = build(OmegaConf.merge(job.run_cfg, {"device": "cpu"}), resumed=True)  # type: ignore[arg-type]
-        steps = total_steps(run.cfg, run.dataset, epochs=held["train"]["epochs"])
-        longer.check(run, path, {"config": held, "step": steps, "position": 0})
+        steps = total_steps(run.cfg, run.dataset, epochs=epochs)
+        longer.check(run, path, epochs, step=steps, position=0, compiled=False)
     except ConfigError as error:
         log.info("%s. Such members begin at the start.", str(error).partition(". Begin from its weights")[0])
         return False

@@ -83,35 +83,38 @@ class Halving(Parsing):
         self.root = Path(str(self.cfg.hydra.sweep.dir)).absolute()
         jobs: list[Job] = self.launcher.plan(self.root, words, 0)
         check_comparable(jobs, "hydra/sweeper=halving")
+        every = [total for _, total in lengths(jobs)]
+        brackets, ladder = self._arranged(jobs, max(every))
         further = shorter(self.root, jobs)
+        self.launcher.trees = {job.folder: job.tree for job in jobs}  # HPARAMS' columns are those of all
+        self.launcher.metrics = (rung_tag(str(jobs[0].tree["objective"])),)
         with self.launcher.reporting(len(jobs)) as progress:
             if self.cfg.sweep.dry_run:
                 known = {job.number: job for job in further}
                 self.launcher.execute(self.root, [known.get(job.number, job) for job in jobs])  # says all, and leaves
             if further:
+                self.launcher.execute(self.root, [])  # no Slurm, no space: that is said before a folder is changed
                 log.info("%d members with fewer epochs go on", len(further))
                 for job in further:
                     lengthen(job)
                 jobs = self.launcher.plan(self.root, words, 0)
-            self.totals = {job.folder: total for job, (_, total) in zip(jobs, lengths(jobs), strict=True)}
-            brackets, ladder = self._arranged(jobs)
-            self.launcher.trees = {job.folder: job.tree for job in jobs}  # HPARAMS' columns are those of all
-            self.launcher.metrics = (rung_tag(str(jobs[0].tree["objective"])),)
+                brackets = [[jobs[job.number] for job in bracket] for bracket in brackets]
+                self.launcher.trees = {job.folder: job.tree for job in jobs}
+            self.totals = {job.folder: total for job, total in zip(jobs, every, strict=True)}
             log.info("halving of %d members in %s: %s go on, to the end at %s batches", len(jobs), self.root,
-                     ladder.said, f"{max(self.totals.values()):,}")  # fmt: skip
-            every = list(self.totals.values())
+                     ladder.said, f"{max(every):,}")  # fmt: skip
             trained = {job.folder: _trained(job) for job in jobs}
             progress.by_batches(sum(every) if self.options.resume_pruned else ladder.batches(max(every)), trained)
             self._climb(brackets, ladder, progress)
         return self._concluded(jobs)
 
-    def _arranged(self, jobs: list[Job]) -> tuple[list[list[Job]], Ladder]:
-        """The members of each bracket, and the rungs.
+    def _arranged(self, jobs: list[Job], total: int) -> tuple[list[list[Job]], Ladder]:
+        """The members of each bracket, and the rungs of members of `total` batches.
 
         Raises:
             ConfigError: there would be nothing to decide.
         """
-        eta, count, total = self.options.eta, self.options.brackets, max(self.totals.values())
+        eta, count = self.options.eta, self.options.brackets
         first = self.options.min_steps
         if total < 2:
             raise ConfigError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fmexp import process
+from fmexp.errors import FmexpError
 from fmexp.process import Stop, available_cores
 from fmexp.rundir import results
 from fmexp.sweep.job import ONE_KILLED, Job, ended_by_signals, fail, follow, prepare_data
@@ -124,7 +125,7 @@ def _followers(count: int) -> Iterator[None]:
 
     Where one of them dies, this one dies at once, for it might wait. They notice by themselves when this one does.
     """
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server(("127.0.0.1", 0))  # closed below, or by what takes it
     size = {name: str(count + 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     port = listening.getsockname()[1]
     os.environ.update(size, RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -136,19 +137,26 @@ def _followers(count: int) -> Iterator[None]:
         if follower.exitcode and not ended.is_set():
             os._exit(1)
 
-    with process.block_signals():
-        for follower in followers:
-            follower.start()
-            threading.Thread(target=watch, args=(follower,), daemon=True).start()
-        from fmexp.engine import distributed  # a signal's exception in the midst of torch's import aborts the process
+    begun: list[BaseProcess] = []
     try:
+        with process.block_signals():  # a signal's exception in the midst of torch's import aborts the process
+            from fmexp.engine import distributed
+
+            for follower in followers:
+                try:
+                    follower.start()
+                except OSError as error:
+                    raise FmexpError(f"one of its {count + 1} processes cannot be started: {error.strerror}") from error
+                begun.append(follower)
+                threading.Thread(target=watch, args=(follower,), daemon=True).start()
         with distributed.listen(listening):
             yield
     finally:
         ended.set()
-        for follower in followers:  # which has ended, unless the run has not begun
-            follower.terminate()
-            follower.join()
+        listening.close()
+        for one in begun:  # it has ended, or waits for this one, where it would but note a signal; it writes nothing
+            one.kill()
+            one.join()
 
 
 def _follow(rank: int, workers: int) -> None:

@@ -172,8 +172,8 @@ def conclude(root: Path, not_begun: int = 0) -> str:
             raise
         written = f"not written to {root}: {error.strerror}"  # somebody else's folder
     halved = [
-        "pruned: ended at a rung, by the objective there, and not ranked with what is complete; "
-        "hydra.sweeper.resume_pruned=true lets them go on"
+        "pruned: ended early, by the objective there, and not ranked with what is complete; a plain sweep over this "
+        "folder lets them go on, or, with hydra/sweeper=halving, hydra.sweeper.resume_pruned=true"
     ] * any(member.status == "pruned" for member in members)
     counts = Counter(member.status for member in members) + Counter({"not begun": not_begun})
     failures = [

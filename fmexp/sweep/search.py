@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from fmexp import config
 from fmexp.config import maximised
 from fmexp.config.hydra_versions import instantiate
 from fmexp.errors import CodeError, ConfigError, FmexpError
-from fmexp.rundir import layout, rungs
+from fmexp.rundir import layout, results, rungs
 from fmexp.sweep.grid import Parsing, choices
 from fmexp.sweep.job import Job
 from fmexp.sweep.launcher import outcome
-from fmexp.sweep.members import read
+from fmexp.sweep.members import read, rung_tag
 from fmexp.sweep.pausing import check_comparable, lengths, prune
 
 log = logging.getLogger(__name__)
@@ -116,27 +116,34 @@ class Search(Parsing):
             )
 
     def _pruner(self, jobs: Sequence[Job]) -> Any:
-        """What ends trials, or None.
+        """What ends trials.
 
         Raises:
-            ConfigError: trials would be executed at once, so that what each is compared with would be chance; or they
-                cannot be compared before their end.
+            ConfigError: it is none, or its decisions would be chance, or members cannot be compared before their end.
             CodeError: it cannot be made.
         """
-        name = self.options.pruner._target_
-        if name == "optuna.pruners.NopPruner":
-            return None
+        from optuna.pruners import BasePruner, NopPruner
+
+        name = f"hydra.sweeper.pruner._target_={self.options.pruner._target_}"
+        with _own_code(f"{name} cannot be made"):
+            made = instantiate(self.options.pruner)
+        if not isinstance(made, BasePruner):
+            raise ConfigError(f"{name} is no pruner of Optuna's, such as optuna.pruners.MedianPruner.")
+        if isinstance(made, NopPruner):
+            return made
+        # These note what they have decided before the trial has ended, and decide otherwise after a kill in between.
+        if any(kind in str(self.options.pruner) for kind in ("SuccessiveHalvingPruner", "HyperbandPruner")):
+            raise ConfigError(
+                f"{name}: successive halving, which decides alike after any stop, is hydra/sweeper=halving."
+            )
         if self._at_once > 1:
             raise ConfigError(
-                f"hydra.sweeper.pruner._target_={name} compares a trial with those before it, and {self._at_once} "
-                "would be trained at once: what each is compared with would be chance. Add hydra.sweeper.n_jobs=1, or "
-                "take hydra/sweeper=halving."
+                f"{name} compares a trial with those before it, and {self._at_once} would be trained at once: what "
+                "each is compared with would be chance. Add hydra.sweeper.n_jobs=1, or take hydra/sweeper=halving."
             )
         check_comparable(jobs, "hydra.sweeper.pruner")
-        try:
-            return instantiate(self.options.pruner)
-        except Exception as error:
-            raise CodeError(f"hydra.sweeper.pruner cannot be made: {str(error).strip()}") from error
+        self.launcher.metrics = (rung_tag(str(jobs[0].tree["objective"])),)
+        return made
 
     def _run(self, batches: Iterator[list[Any]], fixed: Sequence[str], space: dict[str, Any], root: Path) -> int:
         """Execute batches of trials and tell Optuna what came of them; returns how many failed."""
@@ -148,8 +155,9 @@ class Search(Parsing):
             overrides = [[*fixed, *(f"{key}={_shown(trial.params[key])}" for key in space)] for trial in batch]
             if isinstance(self.study.pruner, NopPruner):
                 members = self.launcher.launch(overrides, batch[0].number)
-            else:
-                members = [self._by_epochs(root, trial, words) for trial, words in zip(batch, overrides, strict=True)]
+            else:  # a trial's id has no public name, and one that was begun can report by that alone
+                ((trial, words),) = zip(batch, overrides, strict=True)
+                members = [self._by_epochs(root, trial.number, trial._trial_id, words)]
             for trial, member in zip(batch, members, strict=True):
                 if member.status != JobStatus.COMPLETED:
                     failures += 1
@@ -161,27 +169,37 @@ class Search(Parsing):
                 break
         return failures
 
-    def _by_epochs(self, root: Path, trial: Any, overrides: list[str]) -> JobReturn:
+    def _by_epochs(self, root: Path, number: int, trial_id: int, overrides: list[str]) -> JobReturn:
         """Execute a trial from epoch to epoch, as far as the pruner lets it go on; NaN where it does not."""
         from optuna.trial import Trial
 
-        (job,) = self.launcher.plan(root, [overrides], trial.number)
-        ((each, total),) = lengths([job])
-        reported = getattr(trial, "intermediate_values", {})  # of one that was begun
-        trial = Trial(self.study, trial._trial_id)  # which has no public name, and a trial that was begun cannot report
-        for epoch, step in enumerate(range(each, total, each), 1):
+        (job,) = self.launcher.plan(root, [overrides], number)
+        ends = range(0)
+        with suppress(FmexpError):  # it cannot be built, which its own log then says
+            ((each, total),) = lengths([job])
+            ends = range(each, total, each)
+        trial = Trial(self.study, trial_id)
+        reported = trial.storage.get_trial(trial_id).intermediate_values
+        for epoch, step in enumerate(ends, 1):
             if step not in rungs.read(job.folder):
                 self.launcher.execute(root, [replace(job, pause_at=step)])
-            if (value := rungs.read(job.folder).get(step)) is None:  # it has ended before
-                return outcome(job)
+            if (value := rungs.read(job.folder).get(step)) is None:
+                if (status := results.status(job.folder)) == "paused":  # a checkpoint of another command was further
+                    continue
+                if status == "diverged" and epoch not in reported:
+                    trial.report(math.nan, epoch)  # or Optuna would rank it by its last good value
+                break
             if epoch not in reported:
                 trial.report(value, epoch)
-            if epoch >= max(reported, default=0) and trial.should_prune():
+            with _own_code("hydra.sweeper.pruner cannot decide"):
+                pruned = epoch >= max(reported, default=0) and trial.should_prune()
+            if pruned:
                 prune(job, step)
                 self.launcher.progress.pruned(job.folder)
                 self.launcher.progress.say(f"{job.folder.name}: pruned after epoch {epoch}")
-                return outcome(job)
-        self.launcher.execute(root, [job])
+                break
+        else:
+            self.launcher.execute(root, [job])
         return outcome(job)
 
     def _batches(self, unfinished: list[Any], count: int, space: dict[str, Any]) -> Iterator[list[Any]]:
@@ -203,19 +221,23 @@ class Search(Parsing):
         Raises:
             CodeError: whatever goes wrong in the code that the configuration names.
         """
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
+        with _own_code(f"hydra.sweeper.sampler._target_={self.options.sampler._target_} cannot choose trial {number}"):
             study.sampler = instantiate(self.options.sampler, seed=(self.options.seed + number) % 2**32)
             return study.ask(fixed_distributions=space)
-        except (StorageInternalError, SQLAlchemyError):
-            raise
-        except Exception as error:
-            raise CodeError(
-                f"hydra.sweeper.sampler._target_={self.options.sampler._target_} cannot choose trial {number}: "
-                f"{str(error).strip() or type(error).__name__}"
-            ) from error
+
+
+@contextmanager
+def _own_code(problem: str) -> Iterator[None]:
+    """Raise CodeError for whatever goes wrong within the block in code that the configuration names."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError):
+        raise
+    except Exception as error:
+        raise CodeError(f"{problem}: {str(error).strip() or type(error).__name__}") from error
 
 
 @contextmanager

@@ -47,8 +47,12 @@ def executor(root: Path, options: DictConfig) -> Any:
     tasks = parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
     if tasks > 1 and parameters.get("slurm_use_srun") is False:
         raise ConfigError("hydra.launcher.slurm.slurm_use_srun=false starts one task: leave nodes and tasks at 1.")
-    # A task that dies ends the others, which may wait for it.
-    parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *(parameters.get("slurm_srun_args") or [])]
+    own = parameters.get("slurm_srun_args") or []
+    if not isinstance(own, list):
+        raise ConfigError(f"hydra.launcher.slurm.slurm_srun_args={own} must be a list, such as [--cpu-bind=cores].")
+    # A task that dies ends the others, which may wait for it; and srun does not take over from sbatch how many cores.
+    always = ["--kill-on-bad-exit=1", f"--cpus-per-task={parameters.get('cpus_per_task') or 1}"]
+    parameters["slurm_srun_args"] = [*always, *own]
     first = {key: parameters.pop(key) for key in {"slurm_max_num_timeout"} & parameters.keys()}  # submitit's order
     try:
         made = submitit.AutoExecutor(root / FOLDER / "%j", "slurm", **first)

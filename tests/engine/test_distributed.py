@@ -9,10 +9,12 @@ from distributed_parts import execute_strictly
 from program import environment, finish, start, until
 from several import DRAWN, execute_all
 from tools import read_events, scalars, weights
+from torch import nn
 from torch.distributed import TCPStore
 
 from fmexp import compose
 from fmexp.build import build
+from fmexp.engine import data_parallel
 from fmexp.evaluate import evaluate
 
 
@@ -118,3 +120,13 @@ def test_a_first_process_that_goes_before_the_run_begins_is_told_of_in_words(tmp
     assert ended.status == 1
     assert "The first process of this run cannot be reached: " in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_buffers_of_what_is_no_plain_batchnorm_are_shared() -> None:
+    class Ghost(nn.BatchNorm2d):
+        """Of its own statistics."""
+
+    model = nn.Sequential(nn.BatchNorm2d(2), Ghost(2))
+    names = ["running_mean", "running_var", "num_batches_tracked"]
+    assert data_parallel._own_buffers(model, True) == [(model[1], name) for name in names]
+    assert len(data_parallel._own_buffers(model, False)) == 6

@@ -57,3 +57,8 @@ def threads(run: Run) -> None:
     """Note with how many threads, and by which process, this member is executed."""
     noted = {"threads": torch.get_num_threads(), "pid": os.getpid(), "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}
     (run.output_dir / "noted.json").write_text(json.dumps(noted))
+
+
+def fails(run: Run) -> None:
+    """A stage that raises."""
+    raise ValueError("this stage fails")

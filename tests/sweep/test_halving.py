@@ -17,6 +17,7 @@ from sweep_tools import Sweep, files, member, members, until
 from tools import read_events, result, scalars, small
 
 from fmexp import execute, sweep
+from fmexp.engine import backend
 from fmexp.rundir.rungs import write as write_rung
 from fmexp.sweep import figure, figure_data, halving, progress, slurm
 
@@ -81,9 +82,7 @@ def test_what_is_printed_and_written_names_rungs_and_those_left_behind(nine: tup
     assert f"after 4 batches 3 of 9 members go on, with val/accuracy from {first[2]:.4f} to {first[0]:.4f}" in lines
     assert "9 members: 1 complete, 8 pruned" in lines
     assert lines[-1] == "trained 74 of the 270 batches of all 9 members (27.4%)", "9 * 4 + 3 * 6 + 20"
-    assert any(
-        line.startswith("pruned: ended at a rung, by the objective there, and not ranked with") for line in lines
-    )
+    assert any(line.startswith("pruned: ended early, by the objective there, and not ranked with") for line in lines)
 
     rows = list(csv.DictReader((root / "sweep.csv").read_text().splitlines()))
     assert [row["status"] for row in rows] == ["complete", *["pruned"] * 8]
@@ -296,6 +295,31 @@ def test_more_epochs_where_the_best_has_kept_no_checkpoint(nine: tuple[Path, pro
     for path in members(root):
         assert (result(path)["config_digest"] == result(best)["config_digest"]) == (path == best)
         assert "going on from the checkpoint" in (path / "fmexp.log").read_text() or path.name.startswith(best.name)
+
+
+@pytest.mark.parametrize("wrong", ["hydra.sweeper.brackets=9", "hydra.sweeper.min_steps=1000", "hydra/launcher=slurm"])
+def test_more_epochs_that_are_refused_leave_the_members_as_they_are(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "s"
+    words = (*WORDS, f"optimizer.lr={','.join(LRS[:3])}", "train.keep_checkpoint=true")
+    assert call(root, *words).status == 0
+    before = {path.name: files(path) for path in members(root)}
+    monkeypatch.setenv("PATH", "")  # where no Slurm is
+    refused = call(root, *words, "train.epochs=3", wrong)
+    assert refused.status == 1
+    assert {path.name: files(path) for path in members(root)} == before
+
+
+def test_members_that_would_be_compiled_begin_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "s"
+    words = (*WORDS, f"optimizer.lr={','.join(LRS[:3])}", "train.keep_checkpoint=true")
+    assert call(root, *words).status == 0
+    monkeypatch.setattr(backend, "MANY_BATCHES", 40)
+    done = call(root, *words, "train.epochs=3", "sweep.dry_run=true")
+    assert done.status == 0, done.err
+    assert "train.compile=auto compiles the step" in done.out
+    assert "3 members: 3 to train, 0 to resume" in done.out
 
 
 def test_brackets_begin_later_and_choose_among_themselves(tmp_path: Path) -> None:

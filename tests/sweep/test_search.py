@@ -7,6 +7,7 @@ from pathlib import Path
 import optuna
 import program
 import pytest
+from omegaconf import OmegaConf
 from sweep_tools import OWN, SMALL, Gate, Sweep, files, members
 from tools import assert_same_weights, result
 
@@ -122,8 +123,13 @@ PRUNER = "hydra.sweeper.pruner._target_=optuna.pruners"
         (f"{LR} {SAMPLER}.Nope", "Nope cannot choose trial 0: Error locating target 'optuna.samplers.Nope'"),
         (f"{LR} hydra.sweeper.sampler._target_=builtins.dict", "builtins.dict cannot choose trial 0: 'dict' object"),
         (f"{LR} hydra.sweeper.pruner=median", "hydra.sweeper.pruner=median must be a mapping with _target_"),
-        (f"{LR} {PRUNER}.Nope", "hydra.sweeper.pruner cannot be made: Error locating target 'optuna.pruners.Nope'"),
-        (f"{LR} {PRUNER}.ThresholdPruner", "hydra.sweeper.pruner cannot be made: Error in call to target"),
+        (f"{LR} {PRUNER}.Nope", "pruners.Nope cannot be made: Error locating target 'optuna.pruners.Nope'"),
+        (f"{LR} {SAMPLER.replace('sampler', 'pruner', 1)}.RandomSampler", "is no pruner of Optuna's, such as"),
+        (
+            f"{LR} {PRUNER}.SuccessiveHalvingPruner",
+            "successive halving, which decides alike after any stop, is hydra/sw",
+        ),
+        (f"{LR} {PRUNER}.ThresholdPruner", "ThresholdPruner cannot be made: Error in call to target"),
         (f"{LR} {PRUNER}.MedianPruner hydra.sweeper.n_jobs=2", "and 2 would be trained at once: what each is compared"),
         (f"{LR} {PRUNER}.MedianPruner objective=train/accuracy", "objective=train/accuracy is not measured"),
         ("seed=1", "hydra/sweeper=optuna has nothing to search"),
@@ -246,3 +252,47 @@ def test_a_pruner_ends_trials_by_their_epochs_and_decides_the_same_after_kills(
     assert program.call(*PRUNED, f"hydra.sweep.dir={root}", cwd=tmp_path).status == 0
     assert trials(root) == trials(truth)
     assert reported(root) == reported(truth)
+
+
+def test_a_trial_whose_checkpoint_is_beyond_an_epoch_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KilledError
+
+    words = (*PRUNED, "hydra.sweeper.n_trials=1", f"hydra.sweep.dir={tmp_path}/s")
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.trial.Trial, "report", killed)
+        with pytest.raises(KilledError):
+            program.call(*words, cwd=tmp_path)
+    (folder,) = members(tmp_path / "s")
+    (folder / "rungs.json").unlink()
+    execute(OmegaConf.create(layout.read_config(folder)), folder, pause_at=20)
+    assert program.call(*words, cwd=tmp_path).status == 0
+    assert [state for state, _, _ in trials(tmp_path / "s")] == ["COMPLETE"]
+    assert [*sweep.read(tmp_path / "s")[0].rungs] == [20, 32]
+
+
+def test_a_trial_that_cannot_be_built_or_diverges_ends_no_search(tmp_path: Path) -> None:
+    words = [word for word in PRUNED if not word.startswith("optimizer.lr=")]
+    words += [
+        "dataset.train_size=64,1",
+        "optimizer.lr=0.01,1e30",
+        "hydra.sweeper.seed=5",
+        "train.validation=0.25",
+        f"hydra.sweep.dir={tmp_path}/s",
+    ]
+    done = program.call(*words, cwd=tmp_path)
+    assert done.status == 1
+    assert "trials failed; the same command executes them again" in done.err
+    statuses = [member.status for member in sweep.read(tmp_path / "s")]
+    assert len(trials(tmp_path / "s")) == 6
+    assert {*statuses} == {"complete", "diverged", "failed"}
+    assert "Traceback" not in done.err
+
+
+def test_without_a_pruner_no_trial_pauses(tmp_path: Path) -> None:
+    words = [word for word in PRUNED if "pruner" not in word]
+    assert program.call(*words, "hydra.sweeper.n_trials=7", f"hydra.sweep.dir={tmp_path}/s", cwd=tmp_path).status == 0
+    assert [state for state, _, _ in trials(tmp_path / "s")] == ["COMPLETE"] * 7
+    assert not [*(tmp_path / "s").glob("*/rungs.json")]

@@ -1,5 +1,6 @@
 """Members that several processes train: killed, stopped, and gone on with."""
 
+import errno
 import os
 import re
 import signal
@@ -15,7 +16,9 @@ from test_slurm import jobs, put_back_at_once
 from tools import read_events, result, scalars
 
 from fmexp import process, sweep
+from fmexp.errors import FmexpError
 from fmexp.sweep import launcher, slurm
+from fmexp.sweep import processes as local
 from fmexp.sweep.job import ONE_KILLED, Job
 from fmexp.sweep.progress import Progress
 
@@ -110,6 +113,30 @@ def test_a_process_that_is_killed_before_the_run_begins_costs_the_member(tmp_pat
     ended = Sweep(root, *words, PYTHONPATH=dying(tmp_path))
     assert ended.wait() == 1
     assert [result(path)["error"] for path in members(root)] == [ONE_KILLED] * 2
+
+
+@pytest.mark.slow
+def test_an_error_in_the_first_process_ends_the_others_which_wait_for_it(tmp_path: Path) -> None:
+    stage = ("_target_=sweep_parts.fails", "when=epoch", "required=true", "changes=true")  # whose changes are exchanged
+    words = (*SMALL, "hydra.launcher.processes=2", "seed=1,2", *(f"+stage.fails.{word}" for word in stage))
+    ended = Sweep(tmp_path / "sweep", *words)
+    assert ended.wait() == 1
+    for path in members(tmp_path / "sweep"):
+        assert "this stage fails" in result(path)["error"]
+
+
+def test_a_process_that_cannot_be_started_ends_those_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")  # which is put back
+    first, second, context = mock.Mock(exitcode=0), mock.Mock(exitcode=0), mock.Mock()
+    second.start.side_effect = OSError(errno.EAGAIN, "no more processes")
+    context.Process.side_effect = [first, second]
+    monkeypatch.setattr(local.multiprocessing, "get_context", lambda how: context)
+    said = pytest.raises(FmexpError, match="one of its 3 processes cannot be started: no more processes")
+    with said, local._followers(2):
+        pass
+    first.kill.assert_called_once_with()
+    second.kill.assert_not_called()
 
 
 def dying(folder: Path) -> str:
