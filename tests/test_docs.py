@@ -303,7 +303,7 @@ def test_commands_that_print_a_table(
         table = capsys.readouterr().out
         shown = {name for name, value in accuracy.items() if f"{value:.4f}" in table and name in table}
         if "--delete" in command.words:
-            assert re.fullmatch(r"0 of 3 runs (failed|pruned): nothing was deleted\n", table)
+            assert re.fullmatch(r"0 of \d runs (failed|pruned): nothing was deleted\n", table)
         elif "--where" in command.words:
             assert "1 runs in" in table
         elif command.words == ("runs",):
