@@ -58,8 +58,13 @@ def assert_same(folder: Path, truth: Path) -> None:
 
 def processes(gate: Gate, started: Sweep, count: int) -> dict[str, int]:
     """The processes that the gate holds up, by tag and rank: a0, a1 and so on."""
-    files = until(lambda: len(found := [*gate.folder.glob("*.*")]) >= count and found, f"{count} processes", started)
-    return {f"{file.stem}{file.read_text()}": int(file.suffix[1:]) for file in files}
+
+    def found() -> dict[str, int]:
+        ranks = {file: file.read_text() for file in gate.folder.glob("*.*")}  # empty while it is written once more
+        return {f"{file.stem}{rank}": int(file.suffix[1:]) for file, rank in ranks.items() if rank}
+
+    pids: dict[str, int] = until(lambda: len(pids := found()) >= count and pids, f"{count} processes", started)
+    return pids
 
 
 def test_cores_and_gpus_are_divided_among_the_processes_of_all_members(
