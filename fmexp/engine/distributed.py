@@ -27,9 +27,8 @@ from fmexp.process import Stop
 
 # How long one process waits for another, as for a stage of the first one: a process that ends is noticed at once.
 PATIENCE = timedelta(days=7)
-SMALL = (
-    2**17
-)  # bytes of all processes' messages together, up to which sockets are quicker than gloo (measured, by 2 to 20 times)
+# Bytes of all processes' messages together, up to which sockets are quicker than gloo (measured, by 2 to 20 times).
+SMALL = 2**17
 
 
 _number = itertools.count()

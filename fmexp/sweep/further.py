@@ -45,11 +45,7 @@ def shorter(root: Path, jobs: Sequence[Job]) -> list[Job]:
 
 
 def lengthen(job: Job) -> None:
-    """Make a folder that of the longer run, which has paused where the shorter one has ended.
-
-    Raises:
-        LockedError: the shorter one is running there.
-    """
+    """Make a folder that of the longer run, paused where the shorter one has ended, once no process runs there."""
     with layout.lock(job.folder, wait=True):
         atomic.remove_leftovers(job.folder / ".hydra")
         result = layout.read_result(job.folder)

@@ -122,11 +122,12 @@ def follow() -> None:
     process.resume_gc()
     try:
         execution.follow()
-    except (Exception, SystemExit) as left:
-        if isinstance(left, LostError):
-            raise
-        if isinstance(left, Exception):  # of which the first process has the first line alone
-            traceback.print_exc()
+    except LostError:
+        raise
+    except SystemExit:  # after a signal, or another process's end
+        pass
+    except Exception:  # of which the first process has the first line alone
+        traceback.print_exc()
 
 
 def _run(job: Job) -> None:

@@ -137,28 +137,26 @@ def test_without_its_event_files_it_goes_on_and_says_so(
     assert {part: mine[part] for part in ("result", "model")} == {part: its[part] for part in ("result", "model")}
 
 
-def test_its_checkpoint_is_damaged_before_the_next_one(
-    driver: Driver, truth: Callable[..., Path], tmp_path: Path
-) -> None:
-    args, folder = (*BARE, KEPT), tmp_path / "run"
-    shutil.copytree(truth(*args), folder)
+@pytest.fixture
+def begun(driver: Driver, truth: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run of BARE that was to have more epochs, killed at their first batch."""
+    folder = tmp_path / "run"
+    shutil.copytree(truth(*BARE, KEPT), folder)
     plan = [{"nth": 1, "match": "batch trained", "do": "KILL"}]
-    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}", plan=plan).code == -9
-    (folder / "checkpoint.pt").write_bytes(b"damaged")
-    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}").code == 0
-    assert_same(folder, truth(*args, "train.epochs=3"))
+    assert driver.run(*BARE, KEPT, "train.epochs=3", f"hydra.run.dir={folder}", plan=plan).code == -9
+    return folder
 
 
-def test_the_weights_of_the_shorter_run_are_not_taken_for_its_own(
-    driver: Driver, truth: Callable[..., Path], tmp_path: Path
-) -> None:
-    args, folder = (*BARE, KEPT), tmp_path / "run"
-    shutil.copytree(truth(*args), folder)
-    plan = [{"nth": 1, "match": "batch trained", "do": "KILL"}]
-    assert driver.run(*args, "train.epochs=3", f"hydra.run.dir={folder}", plan=plan).code == -9
-    refused = driver.run(*args, f"weights={folder}", f"hydra.run.dir={tmp_path / 'next'}", cli=True)
+def test_its_checkpoint_is_damaged_before_the_next_one(begun: Path, driver: Driver, truth: Callable[..., Path]) -> None:
+    (begun / "checkpoint.pt").write_bytes(b"damaged")
+    assert driver.run(*BARE, KEPT, "train.epochs=3", f"hydra.run.dir={begun}").code == 0
+    assert_same(begun, truth(*BARE, KEPT, "train.epochs=3"))
+
+
+def test_the_weights_of_the_shorter_run_are_not_taken_for_its_own(begun: Path, driver: Driver, tmp_path: Path) -> None:
+    refused = driver.run(*BARE, KEPT, f"weights={begun}", f"hydra.run.dir={tmp_path / 'next'}", cli=True)
     assert refused.code == 1
-    assert f"weights={folder} has no trained weights: it was stopped." in refused.output
+    assert f"weights={begun} has no trained weights: it was stopped." in refused.output
     assert "Traceback" not in refused.output
 
 

@@ -216,6 +216,10 @@ class KilledError(BaseException):
     """In place of a SIGKILL."""
 
 
+def killed(*arguments: object, **named: object) -> None:
+    raise KilledError
+
+
 def test_a_pruner_ends_trials_by_their_epochs_and_decides_the_same_after_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,9 +244,6 @@ def test_a_pruner_ends_trials_by_their_epochs_and_decides_the_same_after_kills(
     execute(compose([*SMALL, "train.max_steps=null", "train.epochs=3", *words]), alone)
     assert_same_weights(whole.folder, alone)
 
-    def killed(*arguments: object, **named: object) -> None:
-        raise KilledError
-
     root = tmp_path / "killed"
     for module, name in ((search, "prune"), (optuna.study.Study, "tell"), (optuna.trial.Trial, "should_prune")):
         with monkeypatch.context() as patched:
@@ -257,9 +258,6 @@ def test_a_pruner_ends_trials_by_their_epochs_and_decides_the_same_after_kills(
 def test_a_trial_whose_checkpoint_is_beyond_an_epoch_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*arguments: object) -> None:
-        raise KilledError
-
     words = (*PRUNED, "hydra.sweeper.n_trials=1", f"hydra.sweep.dir={tmp_path}/s")
     with monkeypatch.context() as patched:
         patched.setattr(optuna.trial.Trial, "report", killed)
